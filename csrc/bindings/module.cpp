@@ -1,2 +1,209 @@
+// ktcore._C: addresses, shapes, strides and types in; nothing of torch. The Python side has checked
+// tensors; here only what would otherwise crash is checked again.
 #include <pybind11/pybind11.h>
-PYBIND11_MODULE(_C, m) { m.doc() = "ktcore native kernels"; }
+#include <pybind11/stl.h>
+
+#include <string>
+
+#include "common/cpu_features.h"
+#include "common/engine.h"
+#include "common/isa.h"
+#include "common/thread_pool.h"
+
+namespace py = pybind11;
+using namespace ktcore;
+
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+WeightFormat format_of(const std::string& name) {
+  if (name == "bf16") return WeightFormat::bf16;
+  if (name == "int8") return WeightFormat::int8;
+  if (name == "int4_g32") return WeightFormat::int4_g32;
+  throw std::invalid_argument("format: no native kernels for '" + name + "'");
+}
+
+DType dtype_of(int code) {
+  if (code < 0 || code > 2) throw std::invalid_argument("dtype: expected 0 (f32), 1 (f16) or 2 (bf16)");
+  return static_cast<DType>(code);
+}
+
+DotKind dot_kind_of(const std::string& name) {
+  if (name == "int8") return DotKind::int8;
+  if (name == "bf16") return DotKind::bf16;
+  if (name == "f32") return DotKind::f32;
+  throw std::invalid_argument("kind: expected int8, bf16 or f32, got '" + name + "'");
+}
+
+void need_positive(const char* name, int64_t value) {
+  if (value <= 0) {
+    throw std::invalid_argument(std::string(name) + ": expected more than 0, got " +
+                                std::to_string(value));
+  }
+}
+
+// The kernels of the most capable instruction set that runs here, for measuring the machine.
+const KernelTable& best_kernels() {
+  const KernelTable* best = nullptr;
+  for (const Isa& isa : isas()) {
+    if (isa.missing().empty()) best = isa.table;
+  }
+  if (best == nullptr) throw std::runtime_error("no native instruction set runs on this machine");
+  return *best;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native CPU kernels of ktcore, for every instruction set at once.";
+
+  m.def("cpu_features", [] {
+    py::dict out;
+    for (const CpuFeature& f : cpu_features()) out[f.name] = py::make_tuple(f.cpu, f.os);
+    return out;
+  }, "{feature: (the processor has it, the operating system allows it)}");
+
+  m.def("isas", [] {
+    py::list out;
+    for (const Isa& isa : isas()) {
+      py::dict d;
+      d["name"] = isa.name;
+      d["backend"] = isa.backend;
+      d["requires"] = std::vector<std::string>(isa.requires_.begin(), isa.requires_.end());
+      d["supported"] = isa.missing().empty();
+      out.append(d);
+    }
+    return out;
+  }, "The instruction sets this build has kernels for, most capable last within a backend.");
+
+  m.def("set_num_threads", [](int n) {
+    need_positive("num_threads", n);
+    py::gil_scoped_release release;
+    set_default_pool_size(n);
+  });
+  m.def("get_num_threads", &default_pool_size);
+  m.def("set_prefetch_bytes", &set_prefetch_bytes);
+  m.def("get_prefetch_bytes", &prefetch_bytes);
+
+  m.def("measure_read_bandwidth", [](int threads, size_t bytes) {
+    need_positive("threads", threads);
+    const KernelTable& table = best_kernels();
+    py::gil_scoped_release release;
+    return measure_read_bandwidth(table, threads, bytes);
+  }, py::arg("threads"), py::arg("bytes"), "GB/s that a plain read loop reaches.");
+  m.def("measure_dot_peak", [](const std::string& isa, const std::string& kind, int threads) {
+    need_positive("threads", threads);
+    const KernelTable& table = kernels(isa);
+    const DotKind k = dot_kind_of(kind);
+    py::gil_scoped_release release;
+    return measure_dot_peak(table, k, threads);
+  }, py::arg("isa"), py::arg("kind"), py::arg("threads"),
+        "Gop/s that dot products reach in registers; a multiply-add counts as two.");
+
+  py::class_<PackedMatrix>(m, "PackedMatrix")
+      .def(py::init([](const std::string& format, int64_t rows, int64_t cols) {
+        need_positive("rows", rows);
+        need_positive("cols", cols);
+        return new PackedMatrix(format_of(format), rows, cols);
+      }))
+      .def("pack", [](PackedMatrix& self, uintptr_t data, uintptr_t scales) {
+        py::gil_scoped_release release;
+        self.pack(pointer<const void>(data), pointer<const void>(scales));
+      })
+      .def_readonly("rows", &PackedMatrix::rows)
+      .def_readonly("cols", &PackedMatrix::cols)
+      .def_property_readonly("nbytes", [](const PackedMatrix& self) { return self.buffer.size(); });
+
+  py::class_<PackedExperts>(m, "PackedExperts")
+      .def(py::init([](const std::string& format, int64_t e, int64_t h, int64_t i) {
+        need_positive("num_experts", e);
+        need_positive("hidden_size", h);
+        need_positive("intermediate_size", i);
+        return new PackedExperts(format_of(format), e, h, i);
+      }))
+      .def("pack", [](PackedExperts& self, int64_t expert, const std::string& projection,
+                      uintptr_t data, uintptr_t scales) {
+        if (expert < 0 || expert >= self.num_experts) throw std::out_of_range("expert");
+        PackedExperts::Projection p;
+        if (projection == "gate") p = PackedExperts::Projection::gate;
+        else if (projection == "up") p = PackedExperts::Projection::up;
+        else if (projection == "down") p = PackedExperts::Projection::down;
+        else throw std::invalid_argument("projection: expected gate, up or down, got '" + projection + "'");
+        py::gil_scoped_release release;
+        self.pack(expert, p, pointer<const void>(data), pointer<const void>(scales));
+      })
+      .def_readonly("num_experts", &PackedExperts::num_experts)
+      .def_readonly("hidden_size", &PackedExperts::hidden_size)
+      .def_readonly("intermediate_size", &PackedExperts::intermediate_size)
+      .def_property_readonly("nbytes", [](const PackedExperts& self) { return self.buffer.size(); });
+
+  m.def("moe", [](const std::string& isa, const PackedExperts& experts, uintptr_t x, int dtype,
+                  int64_t tokens, int64_t x_stride, uintptr_t ids, uintptr_t weights, int64_t top_k,
+                  uintptr_t out, int64_t out_stride, int activation, bool exact) {
+    const DType type = dtype_of(dtype);
+    const MoeArgs args{&experts,
+                       {pointer<const void>(x), x_stride, type},
+                       {pointer<void>(out), out_stride, type},
+                       tokens,
+                       top_k,
+                       pointer<const int64_t>(ids),
+                       pointer<const float>(weights),
+                       static_cast<Activation>(activation),
+                       exact};
+    const KernelTable& table = kernels(isa);
+    py::gil_scoped_release release;
+    moe(table, args);
+  });
+
+  m.def("linear", [](const std::string& isa, const PackedMatrix& weight, uintptr_t x, int dtype,
+                     int64_t tokens, int64_t x_stride, uintptr_t bias, uintptr_t out,
+                     int64_t out_stride, bool exact) {
+    const DType type = dtype_of(dtype);
+    const LinearArgs args{&weight,
+                          {pointer<const void>(x), x_stride, type},
+                          {pointer<void>(out), out_stride, type},
+                          tokens,
+                          pointer<const float>(bias),
+                          exact};
+    const KernelTable& table = kernels(isa);
+    py::gil_scoped_release release;
+    linear(table, args);
+  });
+
+  m.def("route", [](const std::string& isa, uintptr_t logits, int64_t stride, int64_t tokens,
+                    int64_t num_experts, int64_t top_k, int scoring, uintptr_t correction_bias,
+                    int64_t n_group, int64_t topk_group, bool renormalize, float scale,
+                    uintptr_t ids, uintptr_t weights) {
+    if (num_experts > 4096) throw std::invalid_argument("num_experts: at most 4096");
+    const RouteJob job{pointer<const float>(logits), stride, tokens, num_experts, top_k,
+                       static_cast<Scoring>(scoring), pointer<const float>(correction_bias),
+                       n_group, topk_group, renormalize, scale, pointer<int64_t>(ids),
+                       pointer<float>(weights)};
+    const KernelTable& table = kernels(isa);
+    py::gil_scoped_release release;
+    route(table, job);
+  });
+
+  m.def("dequantize", [](const std::string& isa, const std::string& format, int64_t rows,
+                         int64_t cols, uintptr_t data, uintptr_t scales, uintptr_t out, int dtype) {
+    const DequantizeJob job{format_of(format), rows, cols, pointer<const void>(data),
+                            pointer<const void>(scales), pointer<void>(out), dtype_of(dtype)};
+    const KernelTable& table = kernels(isa);
+    py::gil_scoped_release release;
+    dequantize(table, job);
+  });
+
+  m.def("quantize", [](const std::string& isa, const std::string& format, uintptr_t x, int dtype,
+                       int64_t rows, int64_t cols, int64_t x_stride, uintptr_t data,
+                       uintptr_t scales) {
+    const QuantizeJob job{format_of(format), {pointer<const void>(x), x_stride, dtype_of(dtype)},
+                          rows, cols, pointer<void>(data), pointer<void>(scales)};
+    const KernelTable& table = kernels(isa);
+    py::gil_scoped_release release;
+    quantize(table, job);
+  });
+}

@@ -1,0 +1,2 @@
+#include "avx2/simd.h"
+#include "kernels/table.inl"

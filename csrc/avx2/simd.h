@@ -1,0 +1,198 @@
+// AVX2 with FMA and F16C; with AVX-VNNI where this file is compiled for it.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "common/platform.h"
+#include "common/types.h"
+
+namespace ktcore::KTCORE_ISA {
+
+struct Simd {
+  static constexpr int kLanes = 8;
+  // Sixteen registers: four rows with two accumulators each leave room for weights and temporaries.
+  static constexpr int kIntRows = 4;
+  static constexpr int kFloatRows = 4;
+  using F = __m256;
+  using I = __m256i;
+
+  // ---- floats
+  static KT_INLINE F zero() { return _mm256_setzero_ps(); }
+  static KT_INLINE F set1(float v) { return _mm256_set1_ps(v); }
+  static KT_INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
+  static KT_INLINE void store(float* p, F v) { _mm256_storeu_ps(p, v); }
+  static KT_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static KT_INLINE F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  static KT_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static KT_INLINE F div(F a, F b) { return _mm256_div_ps(a, b); }
+  static KT_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  // Both return `b` when either is NaN.
+  static KT_INLINE F min(F a, F b) { return _mm256_min_ps(a, b); }
+  static KT_INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static KT_INLINE F round(F a) {
+    return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  // For integral n in [-126, 127], in two halves so that neither factor overflows.
+  static KT_INLINE F ldexp(F a, F n) {
+    const I e = _mm256_cvtps_epi32(n);
+    const I half = _mm256_srai_epi32(e, 1);
+    const auto power = [](I x) {
+      return _mm256_castsi256_ps(
+          _mm256_slli_epi32(_mm256_add_epi32(x, _mm256_set1_epi32(127)), 23));
+    };
+    return _mm256_mul_ps(_mm256_mul_ps(a, power(half)), power(_mm256_sub_epi32(e, half)));
+  }
+  static KT_INLINE F to_f32(I a) { return _mm256_cvtepi32_ps(a); }
+  static KT_INLINE float sum(F a) {
+    const __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 y = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
+  }
+
+  static KT_INLINE F load_bf16(const uint16_t* p) {
+    const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
+  }
+  static KT_INLINE F load_f16(const uint16_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static KT_INLINE void store_f16(uint16_t* p, F v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  static KT_INLINE void store_bf16(uint16_t* p, F v) {
+    const I bits = _mm256_castps_si256(v);
+    const I odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const I rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const I nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const I quiet = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan);
+    const I high = _mm256_srli_epi32(quiet, 16);
+    const I packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+  }
+
+  // ---- integers
+  static KT_INLINE I zero_i() { return _mm256_setzero_si256(); }
+  static KT_INLINE I set1_i32(int32_t v) { return _mm256_set1_epi32(v); }
+  static KT_INLINE I load_i(const uint8_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static KT_INLINE I xor_i(I a, I b) { return _mm256_xor_si256(a, b); }
+  static KT_INLINE I low_nibbles(I a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
+  static KT_INLINE I high_nibbles(I a) {
+    return _mm256_and_si256(_mm256_srli_epi16(a, 4), _mm256_set1_epi8(15));
+  }
+  static KT_INLINE I broadcast4(const uint8_t* p) {
+    int32_t v;
+    std::memcpy(&v, p, 4);
+    return _mm256_set1_epi32(v);
+  }
+  static KT_INLINE uint64_t fold(I a) {
+    alignas(32) uint64_t v[4];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(v), a);
+    return v[0] + v[1] + v[2] + v[3];
+  }
+
+  // A float no smaller than any |v|, NaN if one of them is: the bit patterns of non-negative floats
+  // order as integers, infinities above all numbers and NaNs above infinity.
+  static KT_INLINE float absmax32(const F* v) {
+    const I mask = _mm256_set1_epi32(0x7fffffff);
+    I m = _mm256_setzero_si256();
+    KT_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      m = _mm256_max_epi32(m, _mm256_and_si256(_mm256_castps_si256(v[i]), mask));
+    }
+    __m128i x = _mm_max_epi32(_mm256_castsi256_si128(m), _mm256_extracti128_si256(m, 1));
+    x = _mm_max_epi32(x, _mm_shuffle_epi32(x, 0x4e));
+    x = _mm_max_epi32(x, _mm_shuffle_epi32(x, 0xb1));
+    const int32_t bits = _mm_cvtsi128_si32(x);
+    float out;
+    std::memcpy(&out, &bits, 4);
+    return out;
+  }
+  // Rounds v * inverse to int8 and returns the sum of the 32 integers; q gets them back as floats.
+  static KT_INLINE int32_t quantize32(const F* v, F inverse, int8_t* out, F* q) {
+    I n[4];
+    KT_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      n[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], inverse));
+      q[i] = _mm256_cvtepi32_ps(n[i]);
+    }
+    const I sum = _mm256_add_epi32(_mm256_add_epi32(n[0], n[1]), _mm256_add_epi32(n[2], n[3]));
+    // The packs work within 128-bit halves; one permutation of 32-bit words restores the order.
+    const I bytes =
+        _mm256_packs_epi16(_mm256_packs_epi32(n[0], n[1]), _mm256_packs_epi32(n[2], n[3]));
+    const I order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
+                        _mm256_permutevar8x32_epi32(bytes, order));
+    __m128i x = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+    x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0x4e));
+    x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0xb1));
+    return _mm_cvtsi128_si32(x);
+  }
+
+  // ---- dot products of four unsigned weights with four signed activations, per 32-bit lane
+#if defined(__AVXVNNI__)
+  static constexpr bool kSignedWeights = false;
+  struct W8 {
+    I value;
+  };
+  static KT_INLINE W8 weight_u8(I raw) { return {raw}; }
+  static KT_INLINE I dot_u8(I acc, W8 w, I a) { return _mm256_dpbusd_avx_epi32(acc, w.value, a); }
+  static KT_INLINE I begin_u4(int32_t offset) { return _mm256_set1_epi32(offset); }
+  static KT_INLINE I dot_u4(I acc, I w, I a) { return _mm256_dpbusd_avx_epi32(acc, w, a); }
+  static KT_INLINE I end_u4(I acc, int32_t) { return acc; }
+#else
+  // vpmaddubsw saturates at 16 bits, so bytes are taken as sign and magnitude (at most 128 * 127
+  // * 2); nibbles fit, even eight sums of them (8 * 2 * 15 * 127 < 2^15).
+  static constexpr bool kSignedWeights = true;
+  struct W8 {
+    I magnitude, sign;
+  };
+  static KT_INLINE W8 weight_u8(I raw) {
+    const I value = _mm256_xor_si256(raw, _mm256_set1_epi8(static_cast<char>(0x80)));
+    return {_mm256_abs_epi8(value), value};
+  }
+  static KT_INLINE I dot_u8(I acc, W8 w, I a) {
+    const I pairs = _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(a, w.sign));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+  static KT_INLINE I begin_u4(int32_t) { return _mm256_setzero_si256(); }
+  static KT_INLINE I dot_u4(I acc, I w, I a) {
+    return _mm256_add_epi16(acc, _mm256_maddubs_epi16(w, a));
+  }
+  static KT_INLINE I end_u4(I acc, int32_t offset) {
+    return _mm256_add_epi32(_mm256_madd_epi16(acc, _mm256_set1_epi16(1)),
+                            _mm256_set1_epi32(offset));
+  }
+#endif
+
+  // ---- dot products of two bf16 weights with two float activations, per 32-bit lane
+  static constexpr bool kBf16Dot = false;
+  struct Wb {
+    F even, odd;
+  };
+  struct Ab {
+    F even, odd;
+  };
+  static KT_INLINE Wb weight_bf16(I raw) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(raw, 16)),
+            _mm256_castsi256_ps(_mm256_and_si256(raw, _mm256_set1_epi32(-65536)))};
+  }
+  static KT_INLINE Ab activation_bf16(const uint8_t* p) {
+    float v[2];
+    std::memcpy(v, p, 8);
+    return {_mm256_set1_ps(v[0]), _mm256_set1_ps(v[1])};
+  }
+  static KT_INLINE F dot_bf16(F acc, Wb w, Ab a) {
+    return _mm256_fmadd_ps(w.odd, a.odd, _mm256_fmadd_ps(w.even, a.even, acc));
+  }
+
+  static KT_INLINE void prefetch(const uint8_t* p) {
+    _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
+  }
+};
+
+}  // namespace ktcore::KTCORE_ISA

@@ -1,0 +1,2 @@
+#include "avx512/simd.h"
+#include "kernels/table.inl"

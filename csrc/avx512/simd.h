@@ -1,0 +1,184 @@
+// AVX-512 (F, BW, DQ, VL), with VNNI and BF16 dot products where this file is compiled for them.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "common/platform.h"
+#include "common/types.h"
+
+namespace ktcore::KTCORE_ISA {
+
+struct Simd {
+  static constexpr int kLanes = 16;
+  // Rows of a tile: integer tiles keep two accumulators a row, float tiles two vectors a row.
+  static constexpr int kIntRows = 12;
+  static constexpr int kFloatRows = 12;
+  using F = __m512;
+  using I = __m512i;
+
+  // ---- floats
+  static KT_INLINE F zero() { return _mm512_setzero_ps(); }
+  static KT_INLINE F set1(float v) { return _mm512_set1_ps(v); }
+  static KT_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
+  static KT_INLINE void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static KT_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static KT_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static KT_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static KT_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static KT_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  // Both return `b` when either is NaN.
+  static KT_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static KT_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static KT_INLINE F round(F a) {
+    return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  static KT_INLINE F ldexp(F a, F n) { return _mm512_scalef_ps(a, n); }
+  static KT_INLINE F to_f32(I a) { return _mm512_cvtepi32_ps(a); }
+  static KT_INLINE float sum(F a) { return _mm512_reduce_add_ps(a); }
+
+  static KT_INLINE F load_bf16(const uint16_t* p) {
+    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
+  }
+  static KT_INLINE F load_f16(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static KT_INLINE void store_f16(uint16_t* p, F v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  // Round to nearest even, in integers: the BF16 extension's converter would flush denormals.
+  static KT_INLINE __m256i round_bf16(F v) {
+    const I bits = _mm512_castps_si512(v);
+    const I odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const I rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const I quiet = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(quiet, 16));
+  }
+  static KT_INLINE void store_bf16(uint16_t* p, F v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), round_bf16(v));
+  }
+
+  // ---- integers
+  static KT_INLINE I zero_i() { return _mm512_setzero_si512(); }
+  static KT_INLINE I set1_i32(int32_t v) { return _mm512_set1_epi32(v); }
+  static KT_INLINE I load_i(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static KT_INLINE I xor_i(I a, I b) { return _mm512_xor_si512(a, b); }
+  static KT_INLINE I low_nibbles(I a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
+  static KT_INLINE I high_nibbles(I a) {
+    return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15));
+  }
+  static KT_INLINE I broadcast4(const uint8_t* p) {
+    int32_t v;
+    std::memcpy(&v, p, 4);
+    return _mm512_set1_epi32(v);
+  }
+  static KT_INLINE uint64_t fold(I a) {
+    return static_cast<uint64_t>(_mm512_reduce_add_epi64(a));
+  }
+
+  // A float no smaller than any |v|, NaN if one of them is: the bit patterns of non-negative floats
+  // order as integers, infinities above all numbers and NaNs above infinity.
+  static KT_INLINE float absmax32(const F* v) {
+    const I mask = _mm512_set1_epi32(0x7fffffff);
+    const I a = _mm512_and_si512(_mm512_castps_si512(v[0]), mask);
+    const I b = _mm512_and_si512(_mm512_castps_si512(v[1]), mask);
+    const int32_t m = _mm512_reduce_max_epi32(_mm512_max_epi32(a, b));
+    float out;
+    std::memcpy(&out, &m, 4);
+    return out;
+  }
+  // Rounds v * inverse to int8 and returns the sum of the 32 integers; q gets them back as floats.
+  static KT_INLINE int32_t quantize32(const F* v, F inverse, int8_t* out, F* q) {
+    I sum = _mm512_setzero_si512();
+    KT_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const I n = _mm512_cvtps_epi32(_mm512_mul_ps(v[i], inverse));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 16 * i), _mm512_cvtepi32_epi8(n));
+      q[i] = _mm512_cvtepi32_ps(n);
+      sum = _mm512_add_epi32(sum, n);
+    }
+    return _mm512_reduce_add_epi32(sum);
+  }
+
+  // ---- dot products of four unsigned weights with four signed activations, per 32-bit lane
+#if defined(__AVX512VNNI__)
+  static constexpr bool kSignedWeights = false;
+  struct W8 {
+    I value;
+  };
+  static KT_INLINE W8 weight_u8(I raw) { return {raw}; }
+  static KT_INLINE I dot_u8(I acc, W8 w, I a) { return _mm512_dpbusd_epi32(acc, w.value, a); }
+  // Nibbles: begin with the offset, end with nothing left to do.
+  static KT_INLINE I begin_u4(int32_t offset) { return _mm512_set1_epi32(offset); }
+  static KT_INLINE I dot_u4(I acc, I w, I a) { return _mm512_dpbusd_epi32(acc, w, a); }
+  static KT_INLINE I end_u4(I acc, int32_t) { return acc; }
+#else
+  // vpmaddubsw saturates at 16 bits, so bytes are taken as sign and magnitude (at most 128 * 127
+  // * 2); nibbles fit, even eight sums of them (8 * 2 * 15 * 127 < 2^15).
+  static constexpr bool kSignedWeights = true;
+  struct W8 {
+    I magnitude;
+    __mmask64 negative;
+  };
+  static KT_INLINE W8 weight_u8(I raw) {
+    const I value = _mm512_xor_si512(raw, _mm512_set1_epi8(static_cast<char>(0x80)));
+    return {_mm512_abs_epi8(value), _mm512_movepi8_mask(value)};
+  }
+  static KT_INLINE I dot_u8(I acc, W8 w, I a) {
+    const I s = _mm512_mask_sub_epi8(a, w.negative, _mm512_setzero_si512(), a);
+    const I pairs = _mm512_maddubs_epi16(w.magnitude, s);
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+  }
+  static KT_INLINE I begin_u4(int32_t) { return _mm512_setzero_si512(); }
+  static KT_INLINE I dot_u4(I acc, I w, I a) {
+    return _mm512_add_epi16(acc, _mm512_maddubs_epi16(w, a));
+  }
+  static KT_INLINE I end_u4(I acc, int32_t offset) {
+    return _mm512_add_epi32(_mm512_madd_epi16(acc, _mm512_set1_epi16(1)),
+                            _mm512_set1_epi32(offset));
+  }
+#endif
+
+  // ---- dot products of two bf16 weights with two activations, per 32-bit lane
+#if defined(__AVX512BF16__)
+  // The activations are rounded to bf16 too, four bytes a pair.
+  static constexpr bool kBf16Dot = true;
+  using Wb = I;
+  using Ab = I;
+  static KT_INLINE Wb weight_bf16(I raw) { return raw; }
+  static KT_INLINE Ab activation_bf16(const uint8_t* p) { return broadcast4(p); }
+  static KT_INLINE F dot_bf16(F acc, Wb w, Ab a) {
+    return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(a));
+  }
+#else
+  static constexpr bool kBf16Dot = false;
+  struct Wb {
+    F even, odd;
+  };
+  struct Ab {
+    F even, odd;
+  };
+  static KT_INLINE Wb weight_bf16(I raw) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(raw, 16)),
+            _mm512_castsi512_ps(_mm512_and_si512(raw, _mm512_set1_epi32(-65536)))};
+  }
+  static KT_INLINE Ab activation_bf16(const uint8_t* p) {
+    float v[2];
+    std::memcpy(v, p, 8);
+    return {_mm512_set1_ps(v[0]), _mm512_set1_ps(v[1])};
+  }
+  static KT_INLINE F dot_bf16(F acc, Wb w, Ab a) {
+    return _mm512_fmadd_ps(w.odd, a.odd, _mm512_fmadd_ps(w.even, a.even, acc));
+  }
+#endif
+
+  static KT_INLINE void prefetch(const uint8_t* p) {
+    _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
+  }
+};
+
+}  // namespace ktcore::KTCORE_ISA

@@ -1,0 +1,255 @@
+#include "common/engine.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "common/thread_pool.h"
+
+namespace ktcore {
+namespace {
+
+std::atomic<int64_t> g_prefetch{1024};
+
+// Hands out aligned pieces of one block. Laid out twice: once over nothing, to learn the size.
+class Arena {
+ public:
+  explicit Arena(uint8_t* base) : base_(base) {}
+  template <class T>
+  void take(T*& p, int64_t count) {
+    p = reinterpret_cast<T*>(base_ + used_);
+    used_ += static_cast<size_t>(round_up(count * static_cast<int64_t>(sizeof(T)), 64));
+  }
+  size_t used() const { return used_; }
+
+ private:
+  uint8_t* base_;
+  size_t used_ = 0;
+};
+
+// Lays out scratch memory by `layout(Arena&)` in a block that is kept between calls. The caller
+// holds the pool's lock.
+template <class Layout>
+void with_scratch(ThreadPool& pool, Layout&& layout) {
+  Arena measure(nullptr);
+  layout(measure);
+  pool.scratch().reserve(measure.used());
+  Arena real(pool.scratch().data());
+  layout(real);
+}
+
+// Cuts `count` consecutive rows into tiles of at most `max` that differ by one at most.
+template <class Emit>
+void for_each_tile(int64_t first, int64_t count, int64_t max, Emit&& emit) {
+  const int64_t tiles = ceil_div(count, max);
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t tokens = count / tiles + (i < count % tiles ? 1 : 0);
+    emit(TokenTile{static_cast<int32_t>(first), static_cast<int32_t>(tokens)});
+    first += tokens;
+  }
+}
+
+}  // namespace
+
+int64_t prefetch_bytes() { return g_prefetch.load(); }
+void set_prefetch_bytes(int64_t bytes) { g_prefetch.store(bytes); }
+
+void moe(const KernelTable& table, const MoeArgs& args) {
+  const PackedExperts& experts = *args.experts;
+  const FormatKernels& kernels = table.format[static_cast<int>(experts.format)];
+  const int64_t slots = args.tokens * args.top_k;
+
+  const auto pool = default_pool();
+  std::lock_guard<std::mutex> guard(pool->lock());
+
+  MoeJob job{};
+  job.x = args.x;
+  job.out = args.out;
+  job.tokens = args.tokens;
+  job.hidden_size = experts.hidden_size;
+  job.intermediate_size = experts.intermediate_size;
+  job.activation = args.activation;
+  job.in_planes = args.exact ? kernels.exact_planes : kernels.in_planes;
+  job.mid_planes = args.exact ? kernels.exact_planes : kernels.mid_planes;
+  job.prefetch_bytes = prefetch_bytes();
+  const int64_t in_token_bytes = job.in_planes * kernels.row_bytes(job.hidden_size);
+  const int64_t mid_token_bytes = job.mid_planes * kernels.row_bytes(job.intermediate_size);
+
+  int32_t *begin, *cursor, *pair_token, *mid_tile_of_pair;
+  float* pair_weight;
+  ActiveExpert* active;
+  TokenTile *in_tiles, *mid_tiles;
+  with_scratch(*pool, [&](Arena& arena) {
+    arena.take(begin, experts.num_experts + 1);
+    arena.take(cursor, experts.num_experts);
+    arena.take(pair_token, slots);
+    arena.take(pair_weight, slots);
+    arena.take(mid_tile_of_pair, slots);
+    arena.take(active, std::min(slots, experts.num_experts));
+    arena.take(in_tiles, slots);
+    arena.take(mid_tiles, slots);
+    arena.take(job.tokens_encoded, args.tokens * in_token_bytes);
+    arena.take(job.in_encoded, slots * in_token_bytes);
+    arena.take(job.mid_encoded, slots * mid_token_bytes);
+    arena.take(job.sum, args.tokens * round_up(job.hidden_size, kBlockRows));
+  });
+
+  // Counting sort of the (token, expert) pairs by expert; within an expert in token order.
+  std::fill(begin, begin + experts.num_experts + 1, 0);
+  for (int64_t i = 0; i < slots; ++i) {
+    const int64_t id = args.ids[i];
+    if (id < -1 || id >= experts.num_experts) {
+      throw std::out_of_range("topk_ids[" + std::to_string(i / args.top_k) + ", " +
+                              std::to_string(i % args.top_k) + "] is " + std::to_string(id) +
+                              "; expected -1 (not computed here) or 0 to " +
+                              std::to_string(experts.num_experts - 1));
+    }
+    if (id >= 0) ++begin[id + 1];
+  }
+  for (int64_t e = 0; e < experts.num_experts; ++e) {
+    begin[e + 1] += begin[e];
+    cursor[e] = begin[e];
+  }
+  for (int64_t i = 0; i < slots; ++i) {
+    const int64_t id = args.ids[i];
+    if (id < 0) continue;
+    pair_token[cursor[id]] = static_cast<int32_t>(i / args.top_k);
+    pair_weight[cursor[id]++] = args.weights[i];
+  }
+
+  int32_t in_count = 0, mid_count = 0, active_count = 0;
+  for (int64_t e = 0; e < experts.num_experts; ++e) {
+    const int64_t count = begin[e + 1] - begin[e];
+    if (count == 0) continue;
+    ActiveExpert& expert = active[active_count++];
+    expert.gate_up = experts.gate_up(e);
+    expert.down = experts.down(e);
+    expert.in_begin = in_count;
+    expert.mid_begin = mid_count;
+    for_each_tile(begin[e], count, kernels.max_rows / job.in_planes,
+                  [&](TokenTile tile) { in_tiles[in_count++] = tile; });
+    for_each_tile(begin[e], count, kernels.max_rows / job.mid_planes, [&](TokenTile tile) {
+      std::fill(mid_tile_of_pair + tile.first, mid_tile_of_pair + tile.first + tile.tokens,
+                mid_count);
+      mid_tiles[mid_count++] = tile;
+    });
+    expert.in_end = in_count;
+    expert.mid_end = mid_count;
+  }
+  job.pairs = begin[experts.num_experts];
+  job.pair_token = pair_token;
+  job.pair_weight = pair_weight;
+  job.mid_tile_of_pair = mid_tile_of_pair;
+  job.experts = active_count;
+  job.expert = active;
+  job.in_tiles = in_tiles;
+  job.in_tile_count = in_count;
+  job.mid_tiles = mid_tiles;
+  kernels.moe(job, *pool);
+}
+
+void linear(const KernelTable& table, const LinearArgs& args) {
+  const PackedMatrix& weight = *args.weight;
+  const FormatKernels& kernels = table.format[static_cast<int>(weight.format)];
+  const auto pool = default_pool();
+  std::lock_guard<std::mutex> guard(pool->lock());
+
+  LinearJob job{};
+  job.x = args.x;
+  job.out = args.out;
+  job.tokens = args.tokens;
+  job.rows = weight.rows;
+  job.cols = weight.cols;
+  job.weight = weight.buffer.data();
+  job.bias = args.bias;
+  job.planes = args.exact ? kernels.exact_planes : kernels.in_planes;
+  job.prefetch_bytes = prefetch_bytes();
+  const int64_t token_bytes = job.planes * kernels.row_bytes(weight.cols);
+  TokenTile* tiles;
+  with_scratch(*pool, [&](Arena& arena) {
+    arena.take(tiles, args.tokens);
+    arena.take(job.tokens_encoded, args.tokens * token_bytes);
+    arena.take(job.tiles_encoded, args.tokens * token_bytes);
+  });
+  for_each_tile(0, args.tokens, kernels.max_rows / job.planes,
+                [&](TokenTile tile) { tiles[job.tile_count++] = tile; });
+  job.tiles = tiles;
+  kernels.linear(job, *pool);
+}
+
+void route(const KernelTable& table, const RouteJob& job) {
+  const auto pool = default_pool();
+  std::lock_guard<std::mutex> guard(pool->lock());
+  table.route(job, *pool);
+}
+
+void dequantize(const KernelTable& table, const DequantizeJob& job) {
+  const auto pool = default_pool();
+  std::lock_guard<std::mutex> guard(pool->lock());
+  table.dequantize(job, *pool);
+}
+
+void quantize(const KernelTable& table, const QuantizeJob& job) {
+  const auto pool = default_pool();
+  std::lock_guard<std::mutex> guard(pool->lock());
+  table.quantize(job, *pool);
+}
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+}  // namespace
+
+double measure_dot_peak(const KernelTable& table, DotKind kind, int threads) {
+  const auto spin = kind == DotKind::int8   ? table.spin_int8
+                    : kind == DotKind::bf16 ? table.spin_bf16
+                                            : table.spin_f32;
+  ThreadPool pool(threads);
+  // Sized to take some tens of milliseconds, in pieces small enough to share out evenly.
+  auto start = Clock::now();
+  spin(100000);
+  const auto iterations = static_cast<int64_t>(100000 * (2e-3 / seconds_since(start))) + 1;
+  double best = 0;
+  std::vector<double> operations(static_cast<size_t>(pool.size()));
+  for (int pass = 0; pass < 5; ++pass) {
+    std::fill(operations.begin(), operations.end(), 0.0);
+    start = Clock::now();
+    parallel_for(pool, 10 * pool.size(), [&](int64_t, int thread) {
+      operations[static_cast<size_t>(thread)] += spin(iterations);
+    });
+    const double seconds = seconds_since(start);
+    double total = 0;
+    for (double n : operations) total += n;
+    best = std::max(best, total / seconds / 1e9);
+  }
+  return best;
+}
+
+double measure_read_bandwidth(const KernelTable& table, int threads, size_t bytes) {
+  constexpr size_t kPiece = size_t{4} << 20;
+  const int64_t pieces = std::max<int64_t>(1, static_cast<int64_t>(bytes / kPiece));
+  Buffer buffer(static_cast<size_t>(pieces) * kPiece);
+  ThreadPool pool(threads);
+  parallel_for(pool, pieces, [&](int64_t i, int) {
+    std::fill_n(buffer.data() + i * kPiece, kPiece, static_cast<uint8_t>(i));
+  });
+  double best = 0;
+  std::atomic<uint64_t> sink{0};
+  for (int pass = 0; pass < 3; ++pass) {
+    const auto start = Clock::now();
+    parallel_for(pool, pieces,
+                 [&](int64_t i, int) { sink += table.read(buffer.data() + i * kPiece, kPiece); });
+    best = std::max(best, static_cast<double>(pieces) * kPiece / seconds_since(start) / 1e9);
+  }
+  return best;
+}
+
+}  // namespace ktcore

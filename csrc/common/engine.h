@@ -1,0 +1,46 @@
+// One operator call: plan it, find scratch memory, hand it to an instruction set's kernels.
+// Arguments have been checked by the caller except where said.
+#pragma once
+
+#include "common/kernel_table.h"
+#include "common/packed.h"
+
+namespace ktcore {
+
+struct MoeArgs {
+  const PackedExperts* experts;
+  ConstRows x;
+  Rows out;
+  int64_t tokens, top_k;
+  const int64_t* ids;    // [tokens, top_k]; -1: not computed here. Checked: throws std::out_of_range
+  const float* weights;  // [tokens, top_k]
+  Activation activation;
+  bool exact;
+};
+
+struct LinearArgs {
+  const PackedMatrix* weight;
+  ConstRows x;
+  Rows out;
+  int64_t tokens;
+  const float* bias;
+  bool exact;
+};
+
+void moe(const KernelTable& kernels, const MoeArgs& args);
+void linear(const KernelTable& kernels, const LinearArgs& args);
+void route(const KernelTable& kernels, const RouteJob& job);
+void dequantize(const KernelTable& kernels, const DequantizeJob& job);
+void quantize(const KernelTable& kernels, const QuantizeJob& job);
+
+enum class DotKind { int8, bf16, f32 };
+// Operations per second that `threads` threads reach in registers, in 1e9 (a multiply-add is two).
+double measure_dot_peak(const KernelTable& kernels, DotKind kind, int threads);
+// Bytes per second that `threads` threads read from `bytes` of memory, in 1e9. Best of a few passes.
+double measure_read_bandwidth(const KernelTable& kernels, int threads, size_t bytes);
+
+// How far ahead of the read position weights are prefetched in decode, in bytes.
+int64_t prefetch_bytes();
+void set_prefetch_bytes(int64_t bytes);
+
+}  // namespace ktcore

@@ -1,0 +1,117 @@
+// What one instruction set offers: plain functions over plain data. Everything that varies with the
+// instruction set is behind this table, and each table is compiled with its own flags.
+#pragma once
+
+#include "common/types.h"
+
+namespace ktcore {
+
+class ThreadPool;
+
+// A set of consecutive rows that the kernels compute together, as one register-blocked tile.
+struct TokenTile {
+  int32_t first;   // index of the first (token, expert) pair, or of the first token
+  int32_t tokens;  // how many
+};
+
+struct ActiveExpert {
+  const uint8_t* gate_up;  // packed weights
+  const uint8_t* down;
+  int32_t in_begin, in_end;    // its tiles in `in_tiles`
+  int32_t mid_begin, mid_end;  // its tiles in `mid_tiles`
+};
+
+// One call of `moe`, planned: pairs (token, expert) are sorted by expert. All memory is the caller's.
+struct MoeJob {
+  ConstRows x;
+  Rows out;
+  int64_t tokens, hidden_size, intermediate_size;
+  int64_t pairs;
+  const int32_t* pair_token;
+  const float* pair_weight;
+  int64_t experts;  // how many are active
+  const ActiveExpert* expert;
+  const TokenTile* in_tiles;
+  const TokenTile* mid_tiles;
+  const int32_t* mid_tile_of_pair;
+  int64_t in_tile_count;
+  Activation activation;
+  int in_planes, mid_planes;
+  // Scratch: encoded tokens, encoded tiles for gate and up, for down, and the f32 sum.
+  uint8_t* tokens_encoded;
+  uint8_t* in_encoded;
+  uint8_t* mid_encoded;
+  float* sum;
+  int64_t prefetch_bytes;
+};
+
+struct LinearJob {
+  ConstRows x;
+  Rows out;
+  int64_t tokens, rows, cols;
+  const uint8_t* weight;
+  const float* bias;  // may be null
+  const TokenTile* tiles;
+  int64_t tile_count;
+  int planes;
+  uint8_t* tokens_encoded;
+  uint8_t* tiles_encoded;
+  int64_t prefetch_bytes;
+};
+
+struct RouteJob {
+  const float* logits;
+  int64_t stride, tokens, num_experts, top_k;
+  Scoring scoring;
+  const float* correction_bias;  // may be null; steers the choice, not the weight
+  int64_t n_group, topk_group;
+  bool renormalize;
+  float scale;
+  int64_t* ids;
+  float* weights;
+};
+
+struct DequantizeJob {
+  WeightFormat format;
+  int64_t rows, cols;
+  const void* data;
+  const void* scales;
+  void* out;
+  DType dtype;
+};
+
+struct QuantizeJob {
+  WeightFormat format;
+  ConstRows x;
+  int64_t rows, cols;
+  void* data;
+  void* scales;
+};
+
+// How one weight format is computed on one instruction set.
+struct FormatKernels {
+  void (*moe)(const MoeJob&, ThreadPool&);
+  void (*linear)(const LinearJob&, ThreadPool&);
+  int max_rows;         // rows of the largest tile; a token takes `planes` rows
+  int in_planes;        // planes of an activation, by default
+  int mid_planes;       // and of the intermediate activation of `moe`
+  int exact_planes;     // and of both when exact results are asked for
+  // Bytes of one row of an encoded tile with `cols` columns.
+  int64_t (*row_bytes)(int64_t cols);
+};
+
+struct KernelTable {
+  const char* name;
+  FormatKernels format[kWeightFormats];
+  void (*route)(const RouteJob&, ThreadPool&);
+  void (*dequantize)(const DequantizeJob&, ThreadPool&);
+  void (*quantize)(const QuantizeJob&, ThreadPool&);
+  // Loops that measure the machine's limits: each returns the operations it has done.
+  double (*spin_int8)(int64_t iterations);
+  double (*spin_bf16)(int64_t iterations);
+  double (*spin_f32)(int64_t iterations);
+  // Reads every byte once and returns something that depends on all of them.
+  uint64_t (*read)(const uint8_t* data, size_t bytes);
+};
+
+}  // namespace ktcore

@@ -1,0 +1,35 @@
+// The one place for compiler and operating-system differences, so that the rest stays plain C++20.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#if defined(_MSC_VER) && !defined(__clang__)
+#define KT_INLINE __forceinline
+#define KT_RESTRICT __restrict
+#else
+#define KT_INLINE inline __attribute__((always_inline))
+#define KT_RESTRICT __restrict__
+#endif
+
+// Full unrolling of the register-blocked loops: without it the accumulators live in memory.
+#if defined(__clang__)
+#define KT_UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__)
+#define KT_UNROLL _Pragma("GCC unroll 32")
+#else
+#define KT_UNROLL
+#endif
+
+namespace ktcore {
+
+// Internal linkage on purpose: these are compiled once per instruction set, and a shared inline
+// definition could end up holding AVX-512 code that a smaller CPU then runs.
+static constexpr int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+static constexpr int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
+
+void cpu_relax();  // a hint to the core inside a spin loop
+
+}  // namespace ktcore

@@ -1,0 +1,60 @@
+// From token rows to encoded tiles: what `moe` and `linear` do before they touch a weight.
+#pragma once
+
+namespace ktcore::KTCORE_ISA {
+
+template <class S, class Codec>
+static void encode_tokens(ThreadPool& pool, const ConstRows& x, int64_t tokens, int64_t cols,
+                          int planes, uint8_t* encoded) {
+  const int64_t groups = ceil_div(cols, kGroup);
+  const int64_t token_bytes = planes * Codec::row_bytes(cols);
+  // A few microseconds a task; one token is done where it is.
+  const int64_t per_task = ceil_div(16384, cols);
+  parallel_for(pool, ceil_div(tokens, per_task), [&](int64_t task, int) {
+    const int64_t end = task * per_task + per_task < tokens ? task * per_task + per_task : tokens;
+    for (int64_t t = task * per_task; t < end; ++t) {
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t left = cols - g * kGroup;
+        typename S::F v[Rows32<S>::kVectors];
+        Rows32<S>::load(x, t, g * kGroup, left < kGroup ? left : kGroup, v);
+        Codec::encode(v, planes, encoded + t * token_bytes, planes, 0, g, groups);
+      }
+    }
+  });
+}
+
+// Interleaves the tokens of each tile of more than one; `token_of(i)` is the token of pair i.
+template <class Codec, class TokenOf>
+static void gather_tiles(ThreadPool& pool, const TokenTile* tiles, int64_t count, int64_t cols,
+                         int planes, const uint8_t* encoded, uint8_t* out, TokenOf token_of) {
+  const int64_t groups = ceil_div(cols, kGroup);
+  const int64_t token_bytes = planes * Codec::row_bytes(cols);
+  parallel_for(pool, count, [&](int64_t i, int) {
+    const TokenTile& tile = tiles[i];
+    if (tile.tokens == 1) return;
+    for (int32_t t = 0; t < tile.tokens; ++t) {
+      Codec::gather(encoded + token_of(tile.first + t) * token_bytes, planes,
+                    out + tile.first * token_bytes, tile.tokens * planes, t * planes, groups);
+    }
+  });
+}
+
+// Adds up the planes of each token: rows [token][plane][32] become [token][32] in place.
+template <class S>
+static KT_INLINE void sum_planes(float* c, int tokens, int planes) {
+  if (planes == 1) return;
+  for (int t = 0; t < tokens; ++t) {
+    for (int i = 0; i < kBlockRows; i += S::kLanes) {
+      typename S::F sum = S::load(c + t * planes * kBlockRows + i);
+      for (int p = 1; p < planes; ++p) {
+        sum = S::add(sum, S::load(c + (t * planes + p) * kBlockRows + i));
+      }
+      S::store(c + t * kBlockRows + i, sum);
+    }
+  }
+}
+
+// Blocks per task, so that a task reads at least about 32 KiB of weights.
+static KT_INLINE int64_t blocks_per_task(int64_t block_bytes) { return ceil_div(32768, block_bytes); }
+
+}  // namespace ktcore::KTCORE_ISA

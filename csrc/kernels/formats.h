@@ -1,0 +1,224 @@
+// The dot products of one block (32 weight rows: two strips) with a tile of R activation rows, for
+// each weight format. Every output is summed in the order of the columns in one lane, whatever R
+// is, so a token's result does not depend on which tokens share its tile.
+//
+// Adding a format: a struct like these, and a line in table.inl.
+#pragma once
+
+namespace ktcore::KTCORE_ISA {
+
+// Where the vectors of a block are: one per strip on 16 lanes, two per strip on 8.
+template <class S>
+struct BlockLanes {
+  static constexpr int kVectors = static_cast<int>(kBlockRows) / S::kLanes;
+  static KT_INLINE int64_t strip(int v) { return v * S::kLanes / kStripRows; }
+  static KT_INLINE int64_t lane(int v) { return v * S::kLanes % kStripRows; }
+};
+
+template <class S>
+struct Int4Group32 {
+  using Codec = Int8Codec<S, 8>;
+  static constexpr WeightFormat kFormat = WeightFormat::int4_g32;
+  static constexpr int kMaxRows = S::kIntRows;
+  static constexpr int kInPlanes = 1, kMidPlanes = 2, kExactPlanes = 2;
+
+  template <int R>
+  static void dot(const uint8_t* block, int64_t bytes, int64_t groups, const uint8_t* tile,
+                  float* out, int64_t prefetch) {
+    using L = BlockLanes<S>;
+    // Few rows: go through both strips at once, for more independent sums and one pass over memory.
+    constexpr int V = 2 * R <= kMaxRows ? 2 : 1;
+    constexpr int64_t kGroupBytes = kGroup * kStripRows / 2;
+    const auto* scales = reinterpret_cast<const float*>(tile + R * groups * kGroup);
+    const auto* offsets = reinterpret_cast<const int32_t*>(scales + R * groups);
+    for (int v0 = 0; v0 < L::kVectors; v0 += V) {
+      const uint8_t* w[V];
+      const uint16_t* ws[V];
+      typename S::F acc[V][R];
+      KT_UNROLL
+      for (int v = 0; v < V; ++v) {
+        const uint8_t* strip = block + L::strip(v0 + v) * bytes;
+        w[v] = strip + L::lane(v0 + v) * 4;
+        ws[v] = reinterpret_cast<const uint16_t*>(strip + groups * kGroupBytes) + L::lane(v0 + v);
+        KT_UNROLL
+        for (int r = 0; r < R; ++r) acc[v][r] = S::zero();
+      }
+      const uint8_t* a = tile;
+      for (int64_t g = 0; g < groups; ++g, a += kGroup * R) {
+        typename S::I part[V][R];
+        KT_UNROLL
+        for (int v = 0; v < V; ++v) {
+          KT_UNROLL
+          for (int r = 0; r < R; ++r) part[v][r] = S::begin_u4(offsets[g * R + r]);
+        }
+        KT_UNROLL
+        for (int unit = 0; unit < 4; ++unit) {
+          typename S::I low[V], high[V];
+          KT_UNROLL
+          for (int v = 0; v < V; ++v) {
+            const uint8_t* p = w[v] + g * kGroupBytes + unit * 64;
+            if constexpr (R <= 2) S::prefetch(p + prefetch);
+            const typename S::I raw = S::load_i(p);
+            low[v] = S::low_nibbles(raw);
+            high[v] = S::high_nibbles(raw);
+          }
+          KT_UNROLL
+          for (int r = 0; r < R; ++r) {
+            const typename S::I x = S::broadcast4(a + (unit * 2 * R + r) * 4);
+            KT_UNROLL
+            for (int v = 0; v < V; ++v) part[v][r] = S::dot_u4(part[v][r], low[v], x);
+          }
+          KT_UNROLL
+          for (int r = 0; r < R; ++r) {
+            const typename S::I x = S::broadcast4(a + ((unit * 2 + 1) * R + r) * 4);
+            KT_UNROLL
+            for (int v = 0; v < V; ++v) part[v][r] = S::dot_u4(part[v][r], high[v], x);
+          }
+        }
+        KT_UNROLL
+        for (int v = 0; v < V; ++v) {
+          const typename S::F scale = S::load_bf16(ws[v] + g * kStripRows);
+          KT_UNROLL
+          for (int r = 0; r < R; ++r) {
+            const typename S::F both = S::mul(scale, S::set1(scales[g * R + r]));
+            const typename S::I sum = S::end_u4(part[v][r], offsets[g * R + r]);
+            acc[v][r] = S::fma(S::to_f32(sum), both, acc[v][r]);
+          }
+        }
+      }
+      KT_UNROLL
+      for (int v = 0; v < V; ++v) {
+        KT_UNROLL
+        for (int r = 0; r < R; ++r) S::store(out + r * kBlockRows + (v0 + v) * S::kLanes, acc[v][r]);
+      }
+    }
+  }
+};
+
+template <class S>
+struct Int8Channel {
+  using Codec = Int8Codec<S, S::kSignedWeights ? 0 : 128>;
+  static constexpr WeightFormat kFormat = WeightFormat::int8;
+  static constexpr int kMaxRows = S::kIntRows;
+  static constexpr int kInPlanes = 1, kMidPlanes = 2, kExactPlanes = 2;
+
+  template <int R>
+  static void dot(const uint8_t* block, int64_t bytes, int64_t groups, const uint8_t* tile,
+                  float* out, int64_t prefetch) {
+    using L = BlockLanes<S>;
+    constexpr int V = 2 * R <= kMaxRows ? 2 : 1;
+    constexpr int64_t kGroupBytes = kGroup * kStripRows;
+    const auto* scales = reinterpret_cast<const float*>(tile + R * groups * kGroup);
+    const auto* offsets = reinterpret_cast<const int32_t*>(scales + R * groups);
+    for (int v0 = 0; v0 < L::kVectors; v0 += V) {
+      const uint8_t* w[V];
+      typename S::F acc[V][R];
+      KT_UNROLL
+      for (int v = 0; v < V; ++v) {
+        w[v] = block + L::strip(v0 + v) * bytes + L::lane(v0 + v) * 4;
+        KT_UNROLL
+        for (int r = 0; r < R; ++r) acc[v][r] = S::zero();
+      }
+      const uint8_t* a = tile;
+      for (int64_t g = 0; g < groups; ++g, a += kGroup * R) {
+        typename S::I part[V][R];
+        KT_UNROLL
+        for (int r = 0; r < R; ++r) {
+          const typename S::I offset = S::set1_i32(offsets[g * R + r]);
+          KT_UNROLL
+          for (int v = 0; v < V; ++v) part[v][r] = offset;
+        }
+        KT_UNROLL
+        for (int unit = 0; unit < 8; ++unit) {
+          typename S::W8 weight[V];
+          KT_UNROLL
+          for (int v = 0; v < V; ++v) {
+            const uint8_t* p = w[v] + g * kGroupBytes + unit * 64;
+            if constexpr (R <= 2) S::prefetch(p + prefetch);
+            weight[v] = S::weight_u8(S::load_i(p));
+          }
+          KT_UNROLL
+          for (int r = 0; r < R; ++r) {
+            const typename S::I x = S::broadcast4(a + (unit * R + r) * 4);
+            KT_UNROLL
+            for (int v = 0; v < V; ++v) part[v][r] = S::dot_u8(part[v][r], weight[v], x);
+          }
+        }
+        KT_UNROLL
+        for (int r = 0; r < R; ++r) {
+          const typename S::F scale = S::set1(scales[g * R + r]);
+          KT_UNROLL
+          for (int v = 0; v < V; ++v) acc[v][r] = S::fma(S::to_f32(part[v][r]), scale, acc[v][r]);
+        }
+      }
+      KT_UNROLL
+      for (int v = 0; v < V; ++v) {
+        const auto* channel = reinterpret_cast<const float*>(
+            block + L::strip(v0 + v) * bytes + groups * kGroupBytes);
+        const typename S::F scale = S::load(channel + L::lane(v0 + v));
+        KT_UNROLL
+        for (int r = 0; r < R; ++r) {
+          S::store(out + r * kBlockRows + (v0 + v) * S::kLanes, S::mul(acc[v][r], scale));
+        }
+      }
+    }
+  }
+};
+
+template <class S>
+struct Bf16 {
+  using Codec = Bf16Codec<S>;
+  static constexpr WeightFormat kFormat = WeightFormat::bf16;
+  static constexpr int kMaxRows = S::kFloatRows;
+  static constexpr int kInPlanes = 1, kMidPlanes = 1, kExactPlanes = S::kBf16Dot ? 2 : 1;
+
+  template <int R>
+  static void dot(const uint8_t* block, int64_t bytes, int64_t groups, const uint8_t* tile,
+                  float* out, int64_t prefetch) {
+    using L = BlockLanes<S>;
+    constexpr int V = 2;  // two vectors share each broadcast
+    for (int v0 = 0; v0 < L::kVectors; v0 += V) {
+      const uint8_t* w[V];
+      typename S::F acc[V][R];
+      KT_UNROLL
+      for (int v = 0; v < V; ++v) {
+        w[v] = block + L::strip(v0 + v) * bytes + L::lane(v0 + v) * 4;
+        KT_UNROLL
+        for (int r = 0; r < R; ++r) acc[v][r] = S::zero();
+      }
+      const uint8_t* a = tile;
+      for (int64_t pair = 0; pair < groups * (kGroup / 2); ++pair, a += R * Codec::kPairBytes) {
+        typename S::Wb weight[V];
+        KT_UNROLL
+        for (int v = 0; v < V; ++v) {
+          const uint8_t* p = w[v] + pair * 64;
+          if constexpr (R <= 2) S::prefetch(p + prefetch);
+          weight[v] = S::weight_bf16(S::load_i(p));
+        }
+        KT_UNROLL
+        for (int r = 0; r < R; ++r) {
+          const typename S::Ab x = S::activation_bf16(a + r * Codec::kPairBytes);
+          KT_UNROLL
+          for (int v = 0; v < V; ++v) acc[v][r] = S::dot_bf16(acc[v][r], weight[v], x);
+        }
+      }
+      KT_UNROLL
+      for (int v = 0; v < V; ++v) {
+        KT_UNROLL
+        for (int r = 0; r < R; ++r) S::store(out + r * kBlockRows + (v0 + v) * S::kLanes, acc[v][r]);
+      }
+    }
+  }
+};
+
+// Calls dot<R> for a run-time R.
+template <class Format, int R = Format::kMaxRows>
+static KT_INLINE void dot_block(int rows, const uint8_t* block, int64_t bytes, int64_t groups,
+                                const uint8_t* tile, float* out, int64_t prefetch) {
+  if (rows == R) return Format::template dot<R>(block, bytes, groups, tile, out, prefetch);
+  if constexpr (R > 1) {
+    return dot_block<Format, R - 1>(rows, block, bytes, groups, tile, out, prefetch);
+  }
+}
+
+}  // namespace ktcore::KTCORE_ISA

@@ -1,0 +1,87 @@
+// Loops that reach the machine's limits, to hold the kernels against: sixteen or so independent
+// sums, everything in registers. Each returns the operations done; a multiply-add counts as two.
+#pragma once
+
+namespace ktcore::KTCORE_ISA {
+
+static constexpr int kChains = 12;
+
+// The result of a spin must be used, or the compiler drops the loop.
+template <class S>
+static KT_INLINE double keep(uint64_t folded, double operations) {
+  volatile uint64_t sink = folded;
+  (void)sink;
+  return operations;
+}
+
+template <class S>
+static double spin_int8(int64_t iterations) {
+  typename S::I acc[kChains];
+  alignas(64) uint8_t bytes[64];
+  for (int i = 0; i < 64; ++i) bytes[i] = static_cast<uint8_t>(129 + i);
+  const typename S::W8 w = S::weight_u8(S::load_i(bytes));
+  KT_UNROLL
+  for (int i = 0; i < kChains; ++i) acc[i] = S::set1_i32(i);
+  const typename S::I a = S::set1_i32(0x01020304);
+  for (int64_t n = 0; n < iterations; ++n) {
+    KT_UNROLL
+    for (int i = 0; i < kChains; ++i) acc[i] = S::dot_u8(acc[i], w, a);
+  }
+  typename S::I all = acc[0];
+  for (int i = 1; i < kChains; ++i) all = S::xor_i(all, acc[i]);
+  return keep<S>(S::fold(all), 8.0 * S::kLanes * kChains * static_cast<double>(iterations));
+}
+
+template <class S>
+static double spin_bf16(int64_t iterations) {
+  typename S::F acc[kChains];
+  alignas(64) uint8_t bytes[64];
+  for (int i = 0; i < 64; ++i) bytes[i] = static_cast<uint8_t>(i % 2 ? 0x3f : 0x80);
+  const typename S::Wb w = S::weight_bf16(S::load_i(bytes));
+  const typename S::Ab a = S::activation_bf16(bytes);
+  KT_UNROLL
+  for (int i = 0; i < kChains; ++i) acc[i] = S::set1(static_cast<float>(i));
+  for (int64_t n = 0; n < iterations; ++n) {
+    KT_UNROLL
+    for (int i = 0; i < kChains; ++i) acc[i] = S::dot_bf16(acc[i], w, a);
+  }
+  typename S::F all = acc[0];
+  for (int i = 1; i < kChains; ++i) all = S::add(all, acc[i]);
+  const float total = S::sum(all);
+  uint32_t bits;
+  std::memcpy(&bits, &total, 4);
+  return keep<S>(bits, 4.0 * S::kLanes * kChains * static_cast<double>(iterations));
+}
+
+template <class S>
+static double spin_f32(int64_t iterations) {
+  typename S::F acc[kChains];
+  const typename S::F w = S::set1(0.999f), a = S::set1(0.5f);
+  KT_UNROLL
+  for (int i = 0; i < kChains; ++i) acc[i] = S::set1(static_cast<float>(i));
+  for (int64_t n = 0; n < iterations; ++n) {
+    KT_UNROLL
+    for (int i = 0; i < kChains; ++i) acc[i] = S::fma(acc[i], w, a);
+  }
+  typename S::F all = acc[0];
+  for (int i = 1; i < kChains; ++i) all = S::add(all, acc[i]);
+  const float total = S::sum(all);
+  uint32_t bits;
+  std::memcpy(&bits, &total, 4);
+  return keep<S>(bits, 2.0 * S::kLanes * kChains * static_cast<double>(iterations));
+}
+
+template <class S>
+static uint64_t read(const uint8_t* data, size_t bytes) {
+  constexpr size_t kStep = 4 * sizeof(typename S::I);
+  typename S::I a = S::zero_i(), b = a, c = a, d = a;
+  for (size_t i = 0; i + kStep <= bytes; i += kStep) {
+    a = S::xor_i(a, S::load_i(data + i));
+    b = S::xor_i(b, S::load_i(data + i + sizeof(typename S::I)));
+    c = S::xor_i(c, S::load_i(data + i + 2 * sizeof(typename S::I)));
+    d = S::xor_i(d, S::load_i(data + i + 3 * sizeof(typename S::I)));
+  }
+  return S::fold(S::xor_i(S::xor_i(a, b), S::xor_i(c, d)));
+}
+
+}  // namespace ktcore::KTCORE_ISA

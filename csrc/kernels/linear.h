@@ -1,0 +1,52 @@
+// linear: out[t] = weight x_t + bias, one pass over the weight's blocks.
+#pragma once
+
+namespace ktcore::KTCORE_ISA {
+
+template <class S, class Format>
+static void linear(const LinearJob& job, ThreadPool& pool) {
+  using Codec = typename Format::Codec;
+  const int64_t groups = ceil_div(job.cols, kGroup);
+  const int64_t token_bytes = job.planes * Codec::row_bytes(job.cols);
+  const int64_t strip = strip_bytes(Format::kFormat, job.cols);
+
+  encode_tokens<S, Codec>(pool, job.x, job.tokens, job.cols, job.planes, job.tokens_encoded);
+  if (job.tile_count < job.tokens) {
+    gather_tiles<Codec>(pool, job.tiles, job.tile_count, job.cols, job.planes, job.tokens_encoded,
+                        job.tiles_encoded, [](int32_t token) { return token; });
+  }
+
+  const int64_t blocks = ceil_div(job.rows, kBlockRows);
+  const int64_t step = blocks_per_task(2 * strip);
+  parallel_for(pool, ceil_div(blocks, step), [&](int64_t task, int) {
+    const int64_t begin = task * step;
+    const int64_t end = begin + step < blocks ? begin + step : blocks;
+    alignas(64) float c[Format::kMaxRows * kBlockRows];
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t left = job.rows - b * kBlockRows;
+      const int64_t count = left < kBlockRows ? left : kBlockRows;
+      typename S::F bias[Rows32<S>::kVectors];
+      for (auto& v : bias) v = S::zero();
+      if (job.bias != nullptr) {
+        Rows32<S>::load({job.bias, 0, DType::f32}, 0, b * kBlockRows, count, bias);
+      }
+      for (int64_t i = 0; i < job.tile_count; ++i) {
+        const TokenTile& tile = job.tiles[i];
+        const uint8_t* x = tile.tokens == 1 ? job.tokens_encoded + tile.first * token_bytes
+                                            : job.tiles_encoded + tile.first * token_bytes;
+        dot_block<Format>(tile.tokens * job.planes, job.weight + b * 2 * strip, strip, groups, x, c,
+                          job.prefetch_bytes);
+        sum_planes<S>(c, tile.tokens, job.planes);
+        for (int32_t t = 0; t < tile.tokens; ++t) {
+          typename S::F v[Rows32<S>::kVectors];
+          for (int k = 0; k < Rows32<S>::kVectors; ++k) {
+            v[k] = S::add(S::load(c + t * kBlockRows + k * S::kLanes), bias[k]);
+          }
+          Rows32<S>::store(job.out, tile.first + t, b * kBlockRows, count, v);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace ktcore::KTCORE_ISA

@@ -1,0 +1,115 @@
+// moe: out[t] = sum over the token's experts e of weight * down_e (act(gate_e x_t) * up_e x_t).
+//
+// Three passes over the pool: encode the tokens and gather them by expert; gate and up for every
+// (expert, block of 32 intermediate rows), whose 32 activations are one encoded group of the next
+// matrix and go straight into its tile; down for every range of output columns, summed over the
+// experts in ascending order, so that the result depends neither on threads nor on the batch.
+#pragma once
+
+namespace ktcore::KTCORE_ISA {
+
+template <class S, class Format>
+static void moe(const MoeJob& job, ThreadPool& pool) {
+  using Codec = typename Format::Codec;
+  const int64_t hidden = job.hidden_size, intermediate = job.intermediate_size;
+  const int64_t hidden_groups = ceil_div(hidden, kGroup);
+  const int64_t mid_groups = ceil_div(intermediate, kGroup);
+  const int in_planes = job.in_planes, mid_planes = job.mid_planes;
+  const int64_t in_token_bytes = in_planes * Codec::row_bytes(hidden);
+  const int64_t mid_token_bytes = mid_planes * Codec::row_bytes(intermediate);
+  const int64_t in_strip = strip_bytes(Format::kFormat, hidden);
+  const int64_t mid_strip = strip_bytes(Format::kFormat, intermediate);
+
+  encode_tokens<S, Codec>(pool, job.x, job.tokens, hidden, in_planes, job.tokens_encoded);
+  if (job.in_tile_count < job.pairs) {  // some tile has several tokens
+    gather_tiles<Codec>(pool, job.in_tiles, job.in_tile_count, hidden, in_planes,
+                        job.tokens_encoded, job.in_encoded,
+                        [&](int32_t pair) { return job.pair_token[pair]; });
+  }
+
+  const int64_t mid_blocks = mid_groups;  // a block of rows is a group of the next matrix's columns
+  const int64_t up_step = blocks_per_task(4 * in_strip);
+  const int64_t up_tasks = ceil_div(mid_blocks, up_step);
+  parallel_for(pool, job.experts * up_tasks, [&](int64_t task, int) {
+    const ActiveExpert& expert = job.expert[task / up_tasks];
+    const int64_t begin = task % up_tasks * up_step;
+    const int64_t end = begin + up_step < mid_blocks ? begin + up_step : mid_blocks;
+    alignas(64) float gate[Format::kMaxRows * kBlockRows];
+    alignas(64) float up[Format::kMaxRows * kBlockRows];
+    for (int64_t b = begin; b < end; ++b) {
+      const uint8_t* weights = expert.gate_up + b * 4 * in_strip;
+      for (int32_t i = expert.in_begin; i < expert.in_end; ++i) {
+        const TokenTile& tile = job.in_tiles[i];
+        const uint8_t* x = tile.tokens == 1
+                               ? job.tokens_encoded + job.pair_token[tile.first] * in_token_bytes
+                               : job.in_encoded + tile.first * in_token_bytes;
+        const int rows = tile.tokens * in_planes;
+        dot_block<Format>(rows, weights, in_strip, hidden_groups, x, gate, job.prefetch_bytes);
+        dot_block<Format>(rows, weights + 2 * in_strip, in_strip, hidden_groups, x, up,
+                          job.prefetch_bytes);
+        sum_planes<S>(gate, tile.tokens, in_planes);
+        sum_planes<S>(up, tile.tokens, in_planes);
+        for (int32_t t = 0; t < tile.tokens; ++t) {
+          typename S::F h[Rows32<S>::kVectors];
+          for (int v = 0; v < Rows32<S>::kVectors; ++v) {
+            const int64_t at = t * kBlockRows + v * S::kLanes;
+            h[v] = S::mul(activate<S>(job.activation, S::load(gate + at)), S::load(up + at));
+          }
+          const int32_t pair = tile.first + t;
+          const TokenTile& mid = job.mid_tiles[job.mid_tile_of_pair[pair]];
+          Codec::encode(h, mid_planes, job.mid_encoded + mid.first * mid_token_bytes,
+                        mid.tokens * mid_planes, (pair - mid.first) * mid_planes, b, mid_groups);
+        }
+      }
+    }
+  });
+
+  const int64_t out_blocks = hidden_groups;
+  // With many tokens, wide ranges: each range reads all encoded intermediate activations once.
+  int64_t down_step = blocks_per_task(2 * mid_strip * job.experts);
+  const int64_t wide = out_blocks / (4 * pool.size()) < 8 ? out_blocks / (4 * pool.size()) : 8;
+  if (job.pairs > 8 * job.experts && down_step < wide) down_step = wide;
+  parallel_for(pool, ceil_div(out_blocks, down_step), [&](int64_t task, int) {
+    const int64_t begin = task * down_step;
+    const int64_t end = begin + down_step < out_blocks ? begin + down_step : out_blocks;
+    const int64_t width = (end - begin) * kBlockRows;
+    const int64_t sum_stride = out_blocks * kBlockRows;
+    alignas(64) float c[Format::kMaxRows * kBlockRows];
+    float* sum = job.sum + begin * kBlockRows;
+    for (int64_t t = 0; t < job.tokens; ++t) {
+      std::memset(sum + t * sum_stride, 0, static_cast<size_t>(width) * sizeof(float));
+    }
+    for (int64_t e = 0; e < job.experts; ++e) {
+      const ActiveExpert& expert = job.expert[e];
+      for (int32_t i = expert.mid_begin; i < expert.mid_end; ++i) {
+        const TokenTile& tile = job.mid_tiles[i];
+        const uint8_t* h = job.mid_encoded + tile.first * mid_token_bytes;
+        for (int64_t b = begin; b < end; ++b) {
+          dot_block<Format>(tile.tokens * mid_planes, expert.down + b * 2 * mid_strip, mid_strip,
+                            mid_groups, h, c, job.prefetch_bytes);
+          sum_planes<S>(c, tile.tokens, mid_planes);
+          for (int32_t t = 0; t < tile.tokens; ++t) {
+            const int32_t pair = tile.first + t;
+            const typename S::F weight = S::set1(job.pair_weight[pair]);
+            float* to = sum + job.pair_token[pair] * sum_stride + (b - begin) * kBlockRows;
+            for (int v = 0; v < kBlockRows; v += S::kLanes) {
+              S::store(to + v, S::fma(S::load(c + t * kBlockRows + v), weight, S::load(to + v)));
+            }
+          }
+        }
+      }
+    }
+    for (int64_t t = 0; t < job.tokens; ++t) {
+      for (int64_t b = begin; b < end; ++b) {
+        typename S::F v[Rows32<S>::kVectors];
+        for (int k = 0; k < Rows32<S>::kVectors; ++k) {
+          v[k] = S::load(sum + t * sum_stride + (b - begin) * kBlockRows + k * S::kLanes);
+        }
+        const int64_t left = hidden - b * kBlockRows;
+        Rows32<S>::store(job.out, t, b * kBlockRows, left < kBlockRows ? left : kBlockRows, v);
+      }
+    }
+  });
+}
+
+}  // namespace ktcore::KTCORE_ISA
