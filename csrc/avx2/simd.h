@@ -12,8 +12,9 @@ namespace ktcore::KTCORE_ISA {
 
 struct Simd {
   static constexpr int kLanes = 8;
-  // Sixteen registers: four rows with two accumulators each leave room for weights and temporaries.
-  static constexpr int kIntRows = 4;
+  // Sixteen registers: integer tiles keep three accumulators a row, float tiles two, and the rest
+  // holds weights and temporaries.
+  static constexpr int kIntRows = 3;
   static constexpr int kFloatRows = 4;
   using F = __m256;
   using I = __m256i;
@@ -112,25 +113,43 @@ struct Simd {
     std::memcpy(&out, &bits, 4);
     return out;
   }
-  // Rounds v * inverse to int8 and returns the sum of the 32 integers; q gets them back as floats.
-  static KT_INLINE int32_t quantize32(const F* v, F inverse, int8_t* out, F* q) {
-    I n[4];
+  // Rounds 32 values v * inverse to integers n = 256 * high + low and returns their sum. low never
+  // is -128, whose negation does not fit.
+  static KT_INLINE int32_t encode16(const F* v, F inverse, int8_t* high, int8_t* low) {
+    I h[4], l[4], sum = _mm256_setzero_si256();
     KT_UNROLL
     for (int i = 0; i < 4; ++i) {
-      n[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], inverse));
-      q[i] = _mm256_cvtepi32_ps(n[i]);
+      const I n = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], inverse));
+      h[i] = _mm256_srai_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(128)), 8);
+      const I h256 = _mm256_slli_epi32(h[i], 8);
+      l[i] = _mm256_max_epi32(_mm256_sub_epi32(n, h256), _mm256_set1_epi32(-127));
+      sum = _mm256_add_epi32(sum, _mm256_add_epi32(h256, l[i]));
     }
-    const I sum = _mm256_add_epi32(_mm256_add_epi32(n[0], n[1]), _mm256_add_epi32(n[2], n[3]));
-    // The packs work within 128-bit halves; one permutation of 32-bit words restores the order.
+    store_bytes(h, high);
+    store_bytes(l, low);
+    __m128i x = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+    x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0x4e));
+    x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0xb1));
+    return _mm_cvtsi128_si32(x);
+  }
+  // Rounds 32 values v * inverse to int8.
+  static KT_INLINE void quantize32(const F* v, F inverse, int8_t* out) {
+    I n[4];
+    KT_UNROLL
+    for (int i = 0; i < 4; ++i) n[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], inverse));
+    store_bytes(n, out);
+  }
+  // 32 integers that fit in bytes. The packs work within 128-bit halves; one permutation of 32-bit
+  // words restores the order.
+  static KT_INLINE void store_bytes(const I* n, int8_t* out) {
     const I bytes =
         _mm256_packs_epi16(_mm256_packs_epi32(n[0], n[1]), _mm256_packs_epi32(n[2], n[3]));
     const I order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
                         _mm256_permutevar8x32_epi32(bytes, order));
-    __m128i x = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
-    x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0x4e));
-    x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0xb1));
-    return _mm_cvtsi128_si32(x);
+  }
+  static KT_INLINE I add_high(I low, I high) {
+    return _mm256_add_epi32(low, _mm256_slli_epi32(high, 8));
   }
 
   // ---- dot products of four unsigned weights with four signed activations, per 32-bit lane

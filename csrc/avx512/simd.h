@@ -12,8 +12,8 @@ namespace ktcore::KTCORE_ISA {
 
 struct Simd {
   static constexpr int kLanes = 16;
-  // Rows of a tile: integer tiles keep two accumulators a row, float tiles two vectors a row.
-  static constexpr int kIntRows = 12;
+  // Rows of a tile: integer tiles keep three accumulators a row, float tiles two.
+  static constexpr int kIntRows = 8;
   static constexpr int kFloatRows = 12;
   using F = __m512;
   using I = __m512i;
@@ -91,17 +91,32 @@ struct Simd {
     std::memcpy(&out, &m, 4);
     return out;
   }
-  // Rounds v * inverse to int8 and returns the sum of the 32 integers; q gets them back as floats.
-  static KT_INLINE int32_t quantize32(const F* v, F inverse, int8_t* out, F* q) {
+  // Rounds 32 values v * inverse to integers n = 256 * high + low and returns their sum. low never
+  // is -128, whose negation does not fit.
+  static KT_INLINE int32_t encode16(const F* v, F inverse, int8_t* high, int8_t* low) {
     I sum = _mm512_setzero_si512();
     KT_UNROLL
     for (int i = 0; i < 2; ++i) {
       const I n = _mm512_cvtps_epi32(_mm512_mul_ps(v[i], inverse));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 16 * i), _mm512_cvtepi32_epi8(n));
-      q[i] = _mm512_cvtepi32_ps(n);
-      sum = _mm512_add_epi32(sum, n);
+      const I h = _mm512_srai_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(128)), 8);
+      const I h256 = _mm512_slli_epi32(h, 8);
+      const I l = _mm512_max_epi32(_mm512_sub_epi32(n, h256), _mm512_set1_epi32(-127));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(high + 16 * i), _mm512_cvtepi32_epi8(h));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(low + 16 * i), _mm512_cvtepi32_epi8(l));
+      sum = _mm512_add_epi32(sum, _mm512_add_epi32(h256, l));
     }
     return _mm512_reduce_add_epi32(sum);
+  }
+  // Rounds 32 values v * inverse to int8.
+  static KT_INLINE void quantize32(const F* v, F inverse, int8_t* out) {
+    KT_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const I n = _mm512_cvtps_epi32(_mm512_mul_ps(v[i], inverse));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 16 * i), _mm512_cvtepi32_epi8(n));
+    }
+  }
+  static KT_INLINE I add_high(I low, I high) {
+    return _mm512_add_epi32(low, _mm512_slli_epi32(high, 8));
   }
 
   // ---- dot products of four unsigned weights with four signed activations, per 32-bit lane

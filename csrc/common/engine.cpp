@@ -72,25 +72,22 @@ void moe(const KernelTable& table, const MoeArgs& args) {
   job.hidden_size = experts.hidden_size;
   job.intermediate_size = experts.intermediate_size;
   job.activation = args.activation;
-  job.in_planes = args.exact ? kernels.exact_planes : kernels.in_planes;
-  job.mid_planes = args.exact ? kernels.exact_planes : kernels.mid_planes;
+  job.planes = args.exact ? kernels.exact_planes : kernels.planes;
   job.prefetch_bytes = prefetch_bytes();
-  const int64_t in_token_bytes = job.in_planes * kernels.row_bytes(job.hidden_size);
-  const int64_t mid_token_bytes = job.mid_planes * kernels.row_bytes(job.intermediate_size);
+  const int64_t in_token_bytes = job.planes * kernels.row_bytes(job.hidden_size);
+  const int64_t mid_token_bytes = job.planes * kernels.row_bytes(job.intermediate_size);
 
-  int32_t *begin, *cursor, *pair_token, *mid_tile_of_pair;
+  int32_t *begin, *cursor, *pair_token;
   float* pair_weight;
   ActiveExpert* active;
-  TokenTile *in_tiles, *mid_tiles;
+  TokenTile* tiles;
   with_scratch(*pool, [&](Arena& arena) {
     arena.take(begin, experts.num_experts + 1);
     arena.take(cursor, experts.num_experts);
     arena.take(pair_token, slots);
     arena.take(pair_weight, slots);
-    arena.take(mid_tile_of_pair, slots);
     arena.take(active, std::min(slots, experts.num_experts));
-    arena.take(in_tiles, slots);
-    arena.take(mid_tiles, slots);
+    arena.take(tiles, slots);
     arena.take(job.tokens_encoded, args.tokens * in_token_bytes);
     arena.take(job.in_encoded, slots * in_token_bytes);
     arena.take(job.mid_encoded, slots * mid_token_bytes);
@@ -120,34 +117,25 @@ void moe(const KernelTable& table, const MoeArgs& args) {
     pair_weight[cursor[id]++] = args.weights[i];
   }
 
-  int32_t in_count = 0, mid_count = 0, active_count = 0;
+  int32_t tile_count = 0, active_count = 0;
   for (int64_t e = 0; e < experts.num_experts; ++e) {
     const int64_t count = begin[e + 1] - begin[e];
     if (count == 0) continue;
     ActiveExpert& expert = active[active_count++];
     expert.gate_up = experts.gate_up(e);
     expert.down = experts.down(e);
-    expert.in_begin = in_count;
-    expert.mid_begin = mid_count;
-    for_each_tile(begin[e], count, kernels.max_rows / job.in_planes,
-                  [&](TokenTile tile) { in_tiles[in_count++] = tile; });
-    for_each_tile(begin[e], count, kernels.max_rows / job.mid_planes, [&](TokenTile tile) {
-      std::fill(mid_tile_of_pair + tile.first, mid_tile_of_pair + tile.first + tile.tokens,
-                mid_count);
-      mid_tiles[mid_count++] = tile;
-    });
-    expert.in_end = in_count;
-    expert.mid_end = mid_count;
+    expert.tile_begin = tile_count;
+    for_each_tile(begin[e], count, kernels.max_rows / job.planes,
+                  [&](TokenTile tile) { tiles[tile_count++] = tile; });
+    expert.tile_end = tile_count;
   }
   job.pairs = begin[experts.num_experts];
   job.pair_token = pair_token;
   job.pair_weight = pair_weight;
-  job.mid_tile_of_pair = mid_tile_of_pair;
   job.experts = active_count;
   job.expert = active;
-  job.in_tiles = in_tiles;
-  job.in_tile_count = in_count;
-  job.mid_tiles = mid_tiles;
+  job.tiles = tiles;
+  job.tile_count = tile_count;
   kernels.moe(job, *pool);
 }
 
@@ -165,7 +153,7 @@ void linear(const KernelTable& table, const LinearArgs& args) {
   job.cols = weight.cols;
   job.weight = weight.buffer.data();
   job.bias = args.bias;
-  job.planes = args.exact ? kernels.exact_planes : kernels.in_planes;
+  job.planes = args.exact ? kernels.exact_planes : kernels.planes;
   job.prefetch_bytes = prefetch_bytes();
   const int64_t token_bytes = job.planes * kernels.row_bytes(weight.cols);
   TokenTile* tiles;

@@ -17,8 +17,7 @@ struct TokenTile {
 struct ActiveExpert {
   const uint8_t* gate_up;  // packed weights
   const uint8_t* down;
-  int32_t in_begin, in_end;    // its tiles in `in_tiles`
-  int32_t mid_begin, mid_end;  // its tiles in `mid_tiles`
+  int32_t tile_begin, tile_end;  // its tiles
 };
 
 // One call of `moe`, planned: pairs (token, expert) are sorted by expert. All memory is the caller's.
@@ -31,12 +30,10 @@ struct MoeJob {
   const float* pair_weight;
   int64_t experts;  // how many are active
   const ActiveExpert* expert;
-  const TokenTile* in_tiles;
-  const TokenTile* mid_tiles;
-  const int32_t* mid_tile_of_pair;
-  int64_t in_tile_count;
+  const TokenTile* tiles;
+  int64_t tile_count;
   Activation activation;
-  int in_planes, mid_planes;
+  int planes;
   // Scratch: encoded tokens, encoded tiles for gate and up, for down, and the f32 sum.
   uint8_t* tokens_encoded;
   uint8_t* in_encoded;
@@ -93,9 +90,8 @@ struct FormatKernels {
   void (*moe)(const MoeJob&, ThreadPool&);
   void (*linear)(const LinearJob&, ThreadPool&);
   int max_rows;         // rows of the largest tile; a token takes `planes` rows
-  int in_planes;        // planes of an activation, by default
-  int mid_planes;       // and of the intermediate activation of `moe`
-  int exact_planes;     // and of both when exact results are asked for
+  int planes;           // rows that an activation takes by default
+  int exact_planes;     // and when exact results are asked for
   // Bytes of one row of an encoded tile with `cols` columns.
   int64_t (*row_bytes)(int64_t cols);
 };

@@ -66,7 +66,7 @@ static KT_INLINE void quantize_row_int8(const QuantizeJob& job, int64_t row) {
   constexpr int kVectors = Rows32<S>::kVectors;
   const int64_t groups = ceil_div(job.cols, kGroup);
   uint32_t amax_bits = 0;
-  typename S::F v[kVectors], unused[kVectors];
+  typename S::F v[kVectors];
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t left = job.cols - g * kGroup;
     Rows32<S>::load(job.x, row, g * kGroup, left < kGroup ? left : kGroup, v);
@@ -88,7 +88,7 @@ static KT_INLINE void quantize_row_int8(const QuantizeJob& job, int64_t row) {
     const int64_t count = left < kGroup ? left : kGroup;
     Rows32<S>::load(job.x, row, g * kGroup, count, v);
     alignas(64) int8_t q[kGroup];
-    S::quantize32(v, inverse, q, unused);
+    S::quantize32(v, inverse, q);
     std::memcpy(out + g * kGroup, q, static_cast<size_t>(count));
   }
 }

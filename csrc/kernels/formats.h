@@ -17,10 +17,10 @@ struct BlockLanes {
 
 template <class S>
 struct Int4Group32 {
-  using Codec = Int8Codec<S, 8>;
+  using Codec = Int16Codec<S, 8>;
   static constexpr WeightFormat kFormat = WeightFormat::int4_g32;
   static constexpr int kMaxRows = S::kIntRows;
-  static constexpr int kInPlanes = 1, kMidPlanes = 2, kExactPlanes = 2;
+  static constexpr int kPlanes = 1, kExactPlanes = 1;
 
   template <int R>
   static void dot(const uint8_t* block, int64_t bytes, int64_t groups, const uint8_t* tile,
@@ -29,7 +29,7 @@ struct Int4Group32 {
     // Few rows: go through both strips at once, for more independent sums and one pass over memory.
     constexpr int V = 2 * R <= kMaxRows ? 2 : 1;
     constexpr int64_t kGroupBytes = kGroup * kStripRows / 2;
-    const auto* scales = reinterpret_cast<const float*>(tile + R * groups * kGroup);
+    const auto* scales = reinterpret_cast<const float*>(tile + R * groups * kGroup * 2);
     const auto* offsets = reinterpret_cast<const int32_t*>(scales + R * groups);
     for (int v0 = 0; v0 < L::kVectors; v0 += V) {
       const uint8_t* w[V];
@@ -44,35 +44,39 @@ struct Int4Group32 {
         for (int r = 0; r < R; ++r) acc[v][r] = S::zero();
       }
       const uint8_t* a = tile;
-      for (int64_t g = 0; g < groups; ++g, a += kGroup * R) {
-        typename S::I part[V][R];
+      for (int64_t g = 0; g < groups; ++g, a += 2 * kGroup * R) {
+        typename S::I high[V][R], low[V][R];
         KT_UNROLL
         for (int v = 0; v < V; ++v) {
           KT_UNROLL
-          for (int r = 0; r < R; ++r) part[v][r] = S::begin_u4(offsets[g * R + r]);
+          for (int r = 0; r < R; ++r) {
+            high[v][r] = S::zero_i();
+            low[v][r] = S::begin_u4(offsets[g * R + r]);
+          }
         }
         KT_UNROLL
         for (int unit = 0; unit < 4; ++unit) {
-          typename S::I low[V], high[V];
+          typename S::I nibbles[2][V];
           KT_UNROLL
           for (int v = 0; v < V; ++v) {
             const uint8_t* p = w[v] + g * kGroupBytes + unit * 64;
             if constexpr (R <= 2) S::prefetch(p + prefetch);
             const typename S::I raw = S::load_i(p);
-            low[v] = S::low_nibbles(raw);
-            high[v] = S::high_nibbles(raw);
+            nibbles[0][v] = S::low_nibbles(raw);
+            nibbles[1][v] = S::high_nibbles(raw);
           }
           KT_UNROLL
-          for (int r = 0; r < R; ++r) {
-            const typename S::I x = S::broadcast4(a + (unit * 2 * R + r) * 4);
+          for (int half = 0; half < 2; ++half) {
             KT_UNROLL
-            for (int v = 0; v < V; ++v) part[v][r] = S::dot_u4(part[v][r], low[v], x);
-          }
-          KT_UNROLL
-          for (int r = 0; r < R; ++r) {
-            const typename S::I x = S::broadcast4(a + ((unit * 2 + 1) * R + r) * 4);
-            KT_UNROLL
-            for (int v = 0; v < V; ++v) part[v][r] = S::dot_u4(part[v][r], high[v], x);
+            for (int r = 0; r < R; ++r) {
+              const uint8_t* x = a + ((unit * 2 + half) * R + r) * 8;
+              const typename S::I x_high = S::broadcast4(x), x_low = S::broadcast4(x + 4);
+              KT_UNROLL
+              for (int v = 0; v < V; ++v) {
+                high[v][r] = S::dot_u4(high[v][r], nibbles[half][v], x_high);
+                low[v][r] = S::dot_u4(low[v][r], nibbles[half][v], x_low);
+              }
+            }
           }
         }
         KT_UNROLL
@@ -80,8 +84,9 @@ struct Int4Group32 {
           const typename S::F scale = S::load_bf16(ws[v] + g * kStripRows);
           KT_UNROLL
           for (int r = 0; r < R; ++r) {
+            const typename S::I sum = S::add_high(S::end_u4(low[v][r], offsets[g * R + r]),
+                                                  S::end_u4(high[v][r], 0));
             const typename S::F both = S::mul(scale, S::set1(scales[g * R + r]));
-            const typename S::I sum = S::end_u4(part[v][r], offsets[g * R + r]);
             acc[v][r] = S::fma(S::to_f32(sum), both, acc[v][r]);
           }
         }
@@ -97,10 +102,10 @@ struct Int4Group32 {
 
 template <class S>
 struct Int8Channel {
-  using Codec = Int8Codec<S, S::kSignedWeights ? 0 : 128>;
+  using Codec = Int16Codec<S, S::kSignedWeights ? 0 : 128>;
   static constexpr WeightFormat kFormat = WeightFormat::int8;
   static constexpr int kMaxRows = S::kIntRows;
-  static constexpr int kInPlanes = 1, kMidPlanes = 2, kExactPlanes = 2;
+  static constexpr int kPlanes = 1, kExactPlanes = 1;
 
   template <int R>
   static void dot(const uint8_t* block, int64_t bytes, int64_t groups, const uint8_t* tile,
@@ -108,7 +113,7 @@ struct Int8Channel {
     using L = BlockLanes<S>;
     constexpr int V = 2 * R <= kMaxRows ? 2 : 1;
     constexpr int64_t kGroupBytes = kGroup * kStripRows;
-    const auto* scales = reinterpret_cast<const float*>(tile + R * groups * kGroup);
+    const auto* scales = reinterpret_cast<const float*>(tile + R * groups * kGroup * 2);
     const auto* offsets = reinterpret_cast<const int32_t*>(scales + R * groups);
     for (int v0 = 0; v0 < L::kVectors; v0 += V) {
       const uint8_t* w[V];
@@ -120,13 +125,15 @@ struct Int8Channel {
         for (int r = 0; r < R; ++r) acc[v][r] = S::zero();
       }
       const uint8_t* a = tile;
-      for (int64_t g = 0; g < groups; ++g, a += kGroup * R) {
-        typename S::I part[V][R];
+      for (int64_t g = 0; g < groups; ++g, a += 2 * kGroup * R) {
+        typename S::I high[V][R], low[V][R];
         KT_UNROLL
-        for (int r = 0; r < R; ++r) {
-          const typename S::I offset = S::set1_i32(offsets[g * R + r]);
+        for (int v = 0; v < V; ++v) {
           KT_UNROLL
-          for (int v = 0; v < V; ++v) part[v][r] = offset;
+          for (int r = 0; r < R; ++r) {
+            high[v][r] = S::zero_i();
+            low[v][r] = S::set1_i32(offsets[g * R + r]);
+          }
         }
         KT_UNROLL
         for (int unit = 0; unit < 8; ++unit) {
@@ -139,16 +146,23 @@ struct Int8Channel {
           }
           KT_UNROLL
           for (int r = 0; r < R; ++r) {
-            const typename S::I x = S::broadcast4(a + (unit * R + r) * 4);
+            const uint8_t* x = a + (unit * R + r) * 8;
+            const typename S::I x_high = S::broadcast4(x), x_low = S::broadcast4(x + 4);
             KT_UNROLL
-            for (int v = 0; v < V; ++v) part[v][r] = S::dot_u8(part[v][r], weight[v], x);
+            for (int v = 0; v < V; ++v) {
+              high[v][r] = S::dot_u8(high[v][r], weight[v], x_high);
+              low[v][r] = S::dot_u8(low[v][r], weight[v], x_low);
+            }
           }
         }
         KT_UNROLL
         for (int r = 0; r < R; ++r) {
           const typename S::F scale = S::set1(scales[g * R + r]);
           KT_UNROLL
-          for (int v = 0; v < V; ++v) acc[v][r] = S::fma(S::to_f32(part[v][r]), scale, acc[v][r]);
+          for (int v = 0; v < V; ++v) {
+            const typename S::I sum = S::add_high(low[v][r], high[v][r]);
+            acc[v][r] = S::fma(S::to_f32(sum), scale, acc[v][r]);
+          }
         }
       }
       KT_UNROLL
@@ -170,7 +184,7 @@ struct Bf16 {
   using Codec = Bf16Codec<S>;
   static constexpr WeightFormat kFormat = WeightFormat::bf16;
   static constexpr int kMaxRows = S::kFloatRows;
-  static constexpr int kInPlanes = 1, kMidPlanes = 1, kExactPlanes = S::kBf16Dot ? 2 : 1;
+  static constexpr int kPlanes = 1, kExactPlanes = S::kBf16Dot ? 2 : 1;
 
   template <int R>
   static void dot(const uint8_t* block, int64_t bytes, int64_t groups, const uint8_t* tile,

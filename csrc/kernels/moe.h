@@ -14,15 +14,15 @@ static void moe(const MoeJob& job, ThreadPool& pool) {
   const int64_t hidden = job.hidden_size, intermediate = job.intermediate_size;
   const int64_t hidden_groups = ceil_div(hidden, kGroup);
   const int64_t mid_groups = ceil_div(intermediate, kGroup);
-  const int in_planes = job.in_planes, mid_planes = job.mid_planes;
-  const int64_t in_token_bytes = in_planes * Codec::row_bytes(hidden);
-  const int64_t mid_token_bytes = mid_planes * Codec::row_bytes(intermediate);
+  const int planes = job.planes;
+  const int64_t in_token_bytes = planes * Codec::row_bytes(hidden);
+  const int64_t mid_token_bytes = planes * Codec::row_bytes(intermediate);
   const int64_t in_strip = strip_bytes(Format::kFormat, hidden);
   const int64_t mid_strip = strip_bytes(Format::kFormat, intermediate);
 
-  encode_tokens<S, Codec>(pool, job.x, job.tokens, hidden, in_planes, job.tokens_encoded);
-  if (job.in_tile_count < job.pairs) {  // some tile has several tokens
-    gather_tiles<Codec>(pool, job.in_tiles, job.in_tile_count, hidden, in_planes,
+  encode_tokens<S, Codec>(pool, job.x, job.tokens, hidden, planes, job.tokens_encoded);
+  if (job.tile_count < job.pairs) {  // some tile has several tokens
+    gather_tiles<Codec>(pool, job.tiles, job.tile_count, hidden, planes,
                         job.tokens_encoded, job.in_encoded,
                         [&](int32_t pair) { return job.pair_token[pair]; });
   }
@@ -38,27 +38,25 @@ static void moe(const MoeJob& job, ThreadPool& pool) {
     alignas(64) float up[Format::kMaxRows * kBlockRows];
     for (int64_t b = begin; b < end; ++b) {
       const uint8_t* weights = expert.gate_up + b * 4 * in_strip;
-      for (int32_t i = expert.in_begin; i < expert.in_end; ++i) {
-        const TokenTile& tile = job.in_tiles[i];
+      for (int32_t i = expert.tile_begin; i < expert.tile_end; ++i) {
+        const TokenTile& tile = job.tiles[i];
         const uint8_t* x = tile.tokens == 1
                                ? job.tokens_encoded + job.pair_token[tile.first] * in_token_bytes
                                : job.in_encoded + tile.first * in_token_bytes;
-        const int rows = tile.tokens * in_planes;
+        const int rows = tile.tokens * planes;
         dot_block<Format>(rows, weights, in_strip, hidden_groups, x, gate, job.prefetch_bytes);
         dot_block<Format>(rows, weights + 2 * in_strip, in_strip, hidden_groups, x, up,
                           job.prefetch_bytes);
-        sum_planes<S>(gate, tile.tokens, in_planes);
-        sum_planes<S>(up, tile.tokens, in_planes);
+        sum_planes<S>(gate, tile.tokens, planes);
+        sum_planes<S>(up, tile.tokens, planes);
         for (int32_t t = 0; t < tile.tokens; ++t) {
           typename S::F h[Rows32<S>::kVectors];
           for (int v = 0; v < Rows32<S>::kVectors; ++v) {
             const int64_t at = t * kBlockRows + v * S::kLanes;
             h[v] = S::mul(activate<S>(job.activation, S::load(gate + at)), S::load(up + at));
           }
-          const int32_t pair = tile.first + t;
-          const TokenTile& mid = job.mid_tiles[job.mid_tile_of_pair[pair]];
-          Codec::encode(h, mid_planes, job.mid_encoded + mid.first * mid_token_bytes,
-                        mid.tokens * mid_planes, (pair - mid.first) * mid_planes, b, mid_groups);
+          Codec::encode(h, planes, job.mid_encoded + tile.first * mid_token_bytes, rows,
+                        t * planes, b, mid_groups);
         }
       }
     }
@@ -81,13 +79,13 @@ static void moe(const MoeJob& job, ThreadPool& pool) {
     }
     for (int64_t e = 0; e < job.experts; ++e) {
       const ActiveExpert& expert = job.expert[e];
-      for (int32_t i = expert.mid_begin; i < expert.mid_end; ++i) {
-        const TokenTile& tile = job.mid_tiles[i];
+      for (int32_t i = expert.tile_begin; i < expert.tile_end; ++i) {
+        const TokenTile& tile = job.tiles[i];
         const uint8_t* h = job.mid_encoded + tile.first * mid_token_bytes;
         for (int64_t b = begin; b < end; ++b) {
-          dot_block<Format>(tile.tokens * mid_planes, expert.down + b * 2 * mid_strip, mid_strip,
+          dot_block<Format>(tile.tokens * planes, expert.down + b * 2 * mid_strip, mid_strip,
                             mid_groups, h, c, job.prefetch_bytes);
-          sum_planes<S>(c, tile.tokens, mid_planes);
+          sum_planes<S>(c, tile.tokens, planes);
           for (int32_t t = 0; t < tile.tokens; ++t) {
             const int32_t pair = tile.first + t;
             const typename S::F weight = S::set1(job.pair_weight[pair]);

@@ -27,8 +27,7 @@ namespace ktcore::KTCORE_ISA {
 template <class Format>
 static constexpr FormatKernels kernels_of() {
   return {moe<Simd, Format>,   linear<Simd, Format>, Format::kMaxRows,
-          Format::kInPlanes,   Format::kMidPlanes,   Format::kExactPlanes,
-          Format::Codec::row_bytes};
+          Format::kPlanes,     Format::kExactPlanes, Format::Codec::row_bytes};
 }
 
 extern const KernelTable table;
