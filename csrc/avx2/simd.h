@@ -12,10 +12,10 @@ namespace ktcore::KTCORE_ISA {
 
 struct Simd {
   static constexpr int kLanes = 8;
-  // Sixteen registers: integer tiles keep three accumulators a row, float tiles two, and the rest
-  // holds weights and temporaries.
-  static constexpr int kIntRows = 3;
-  static constexpr int kFloatRows = 4;
+  // The largest tiles, and how many (vector, row) cells fit in 16 registers: an integer cell keeps
+  // three sums, a float cell one.
+  static constexpr int kIntRows = 3, kIntCells = 4;
+  static constexpr int kFloatRows = 4, kFloatCells = 8;
   using F = __m256;
   using I = __m256i;
 

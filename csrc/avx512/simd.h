@@ -12,9 +12,10 @@ namespace ktcore::KTCORE_ISA {
 
 struct Simd {
   static constexpr int kLanes = 16;
-  // Rows of a tile: integer tiles keep three accumulators a row, float tiles two.
-  static constexpr int kIntRows = 8;
-  static constexpr int kFloatRows = 12;
+  // The largest tiles, and how many (vector, row) cells fit in 32 registers: an integer cell keeps
+  // three sums, a float cell one.
+  static constexpr int kIntRows = 8, kIntCells = 8;
+  static constexpr int kFloatRows = 12, kFloatCells = 24;
   using F = __m512;
   using I = __m512i;
 

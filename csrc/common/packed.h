@@ -1,17 +1,17 @@
 // Expert and linear weights in the order in which the kernels read them.
 //
-// A matrix [rows, cols] is cut into strips of 16 rows; a strip is one contiguous run of memory that
-// a matrix-vector product reads once, front to back. In a strip, each 64-byte unit holds the same
-// few columns of all 16 rows, one 32-bit lane a row, which is what the dot-product instructions
+// A matrix [rows, cols] is cut into blocks of 32 rows; a block is one contiguous run of memory that
+// a matrix-vector product reads once, front to back. In a block, each 128-byte unit holds the same
+// few columns of all 32 rows, one 32-bit lane a row, which is what the dot-product instructions
 // take (four int8 or two bf16 a lane), so no lane is ever shuffled:
 //
 //   bf16      unit = 2 columns
-//   int8      unit = 4 columns, stored as unsigned (value + 128); then 16 float scales
+//   int8      unit = 4 columns, stored as unsigned (value + 128); at the end 32 float scales
 //   int4_g32  unit = 8 columns: the low nibbles are columns 0-3, the high nibbles columns 4-7, both
-//             unsigned (value + 8); then per group of 32 columns 16 bf16 scales
+//             unsigned (value + 8); after each group of 32 columns its 32 bf16 scales
 //
-// Two strips make a block of 32 rows, the unit of work: 32 outputs are one activation group of the
-// next matrix. Rows are padded to whole blocks and columns to whole groups with zero weights.
+// 32 outputs of one matrix are one activation group of the next. Rows are padded to whole blocks
+// and columns to whole groups with zero weights.
 #pragma once
 
 #include "common/buffer.h"
@@ -20,18 +20,23 @@
 
 namespace ktcore {
 
-static constexpr int64_t kStripRows = 16;
 static constexpr int64_t kBlockRows = 32;
+static constexpr int64_t kUnitBytes = kBlockRows * 4;
 
-// Bytes of one strip of a matrix with `cols` columns; a multiple of 64.
-static constexpr int64_t strip_bytes(WeightFormat format, int64_t cols) {
-  const int64_t groups = ceil_div(cols, kGroup);
+// Bytes of one group of 32 columns of a block.
+static constexpr int64_t group_bytes(WeightFormat format) {
   switch (format) {
-    case WeightFormat::bf16: return groups * kGroup * kStripRows * 2;
-    case WeightFormat::int8: return groups * kGroup * kStripRows + kStripRows * 4;
-    case WeightFormat::int4_g32: return round_up(groups * (kGroup * kStripRows / 2 + kStripRows * 2), 64);
+    case WeightFormat::bf16: return kGroup / 2 * kUnitBytes;
+    case WeightFormat::int8: return kGroup / 4 * kUnitBytes;
+    case WeightFormat::int4_g32: return kGroup / 8 * kUnitBytes + kBlockRows * 2;
   }
   return 0;
+}
+
+// Bytes of one block of a matrix with `cols` columns; a multiple of 64.
+static constexpr int64_t block_bytes(WeightFormat format, int64_t cols) {
+  const int64_t channel_scales = format == WeightFormat::int8 ? kBlockRows * 4 : 0;
+  return ceil_div(cols, kGroup) * group_bytes(format) + channel_scales;
 }
 
 // One matrix as its file stores it (see the Python format descriptors), rows contiguous.
@@ -41,9 +46,6 @@ struct StoredMatrix {
   const void* data;
   const void* scales;  // null for bf16
 };
-
-// Packs rows [row0, row0 + 16) of `source` into the strip at `out`; rows past the end become zeros.
-void pack_strip(const StoredMatrix& source, int64_t row0, uint8_t* out);
 
 // One packed matrix [rows, cols].
 class PackedMatrix {

@@ -1,4 +1,4 @@
-// The dot products of one block (32 weight rows: two strips) with a tile of R activation rows, for
+// The dot products of one block (32 weight rows) with a tile of R activation rows, for
 // each weight format. Every output is summed in the order of the columns in one lane, whatever R
 // is, so a token's result does not depend on which tokens share its tile.
 //
@@ -7,13 +7,14 @@
 
 namespace ktcore::KTCORE_ISA {
 
-// Where the vectors of a block are: one per strip on 16 lanes, two per strip on 8.
+// How many of a block's vectors to compute at once: all of them while the sums fit in registers, so
+// that memory is read in one pass and broadcasts are shared.
 template <class S>
-struct BlockLanes {
-  static constexpr int kVectors = static_cast<int>(kBlockRows) / S::kLanes;
-  static KT_INLINE int64_t strip(int v) { return v * S::kLanes / kStripRows; }
-  static KT_INLINE int64_t lane(int v) { return v * S::kLanes % kStripRows; }
-};
+static constexpr int vectors_at_once(int rows, int cells) {
+  int v = static_cast<int>(kBlockRows) / S::kLanes;
+  while (v > 1 && v * rows > cells) v /= 2;
+  return v;
+}
 
 template <class S>
 struct Int4Group32 {
@@ -23,28 +24,23 @@ struct Int4Group32 {
   static constexpr int kPlanes = 1, kExactPlanes = 1;
 
   template <int R>
-  static void dot(const uint8_t* block, int64_t bytes, int64_t groups, const uint8_t* tile,
+  static void dot(const uint8_t* block, int64_t groups, const uint8_t* tile,
                   float* out, int64_t prefetch) {
-    using L = BlockLanes<S>;
-    // Few rows: go through both strips at once, for more independent sums and one pass over memory.
-    constexpr int V = 2 * R <= kMaxRows ? 2 : 1;
-    constexpr int64_t kGroupBytes = kGroup * kStripRows / 2;
+    constexpr int V = vectors_at_once<S>(R, S::kIntCells);
+    constexpr int64_t kGroupBytes = group_bytes(kFormat);
+    constexpr int kUnits = static_cast<int>(kGroup) / 8;
     const auto* scales = reinterpret_cast<const float*>(tile + R * groups * kGroup * 2);
     const auto* offsets = reinterpret_cast<const int32_t*>(scales + R * groups);
-    for (int v0 = 0; v0 < L::kVectors; v0 += V) {
-      const uint8_t* w[V];
-      const uint16_t* ws[V];
+    for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
+      const uint8_t* w = block + v0 * S::kLanes * 4;
       typename S::F acc[V][R];
       KT_UNROLL
       for (int v = 0; v < V; ++v) {
-        const uint8_t* strip = block + L::strip(v0 + v) * bytes;
-        w[v] = strip + L::lane(v0 + v) * 4;
-        ws[v] = reinterpret_cast<const uint16_t*>(strip + groups * kGroupBytes) + L::lane(v0 + v);
         KT_UNROLL
         for (int r = 0; r < R; ++r) acc[v][r] = S::zero();
       }
       const uint8_t* a = tile;
-      for (int64_t g = 0; g < groups; ++g, a += 2 * kGroup * R) {
+      for (int64_t g = 0; g < groups; ++g, a += 2 * kGroup * R, w += kGroupBytes) {
         typename S::I high[V][R], low[V][R];
         KT_UNROLL
         for (int v = 0; v < V; ++v) {
@@ -55,11 +51,11 @@ struct Int4Group32 {
           }
         }
         KT_UNROLL
-        for (int unit = 0; unit < 4; ++unit) {
+        for (int unit = 0; unit < kUnits; ++unit) {
           typename S::I nibbles[2][V];
           KT_UNROLL
           for (int v = 0; v < V; ++v) {
-            const uint8_t* p = w[v] + g * kGroupBytes + unit * 64;
+            const uint8_t* p = w + unit * kUnitBytes + v * S::kLanes * 4;
             if constexpr (R <= 2) S::prefetch(p + prefetch);
             const typename S::I raw = S::load_i(p);
             nibbles[0][v] = S::low_nibbles(raw);
@@ -81,7 +77,9 @@ struct Int4Group32 {
         }
         KT_UNROLL
         for (int v = 0; v < V; ++v) {
-          const typename S::F scale = S::load_bf16(ws[v] + g * kStripRows);
+          const uint8_t* p = block + g * kGroupBytes + kUnits * kUnitBytes;
+          const typename S::F scale =
+              S::load_bf16(reinterpret_cast<const uint16_t*>(p) + (v0 + v) * S::kLanes);
           KT_UNROLL
           for (int r = 0; r < R; ++r) {
             const typename S::I sum = S::add_high(S::end_u4(low[v][r], offsets[g * R + r]),
@@ -108,24 +106,22 @@ struct Int8Channel {
   static constexpr int kPlanes = 1, kExactPlanes = 1;
 
   template <int R>
-  static void dot(const uint8_t* block, int64_t bytes, int64_t groups, const uint8_t* tile,
+  static void dot(const uint8_t* block, int64_t groups, const uint8_t* tile,
                   float* out, int64_t prefetch) {
-    using L = BlockLanes<S>;
-    constexpr int V = 2 * R <= kMaxRows ? 2 : 1;
-    constexpr int64_t kGroupBytes = kGroup * kStripRows;
+    constexpr int V = vectors_at_once<S>(R, S::kIntCells);
+    constexpr int64_t kGroupBytes = group_bytes(kFormat);
     const auto* scales = reinterpret_cast<const float*>(tile + R * groups * kGroup * 2);
     const auto* offsets = reinterpret_cast<const int32_t*>(scales + R * groups);
-    for (int v0 = 0; v0 < L::kVectors; v0 += V) {
-      const uint8_t* w[V];
+    for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
+      const uint8_t* w = block + v0 * S::kLanes * 4;
       typename S::F acc[V][R];
       KT_UNROLL
       for (int v = 0; v < V; ++v) {
-        w[v] = block + L::strip(v0 + v) * bytes + L::lane(v0 + v) * 4;
         KT_UNROLL
         for (int r = 0; r < R; ++r) acc[v][r] = S::zero();
       }
       const uint8_t* a = tile;
-      for (int64_t g = 0; g < groups; ++g, a += 2 * kGroup * R) {
+      for (int64_t g = 0; g < groups; ++g, a += 2 * kGroup * R, w += kGroupBytes) {
         typename S::I high[V][R], low[V][R];
         KT_UNROLL
         for (int v = 0; v < V; ++v) {
@@ -140,7 +136,7 @@ struct Int8Channel {
           typename S::W8 weight[V];
           KT_UNROLL
           for (int v = 0; v < V; ++v) {
-            const uint8_t* p = w[v] + g * kGroupBytes + unit * 64;
+            const uint8_t* p = w + unit * kUnitBytes + v * S::kLanes * 4;
             if constexpr (R <= 2) S::prefetch(p + prefetch);
             weight[v] = S::weight_u8(S::load_i(p));
           }
@@ -167,9 +163,8 @@ struct Int8Channel {
       }
       KT_UNROLL
       for (int v = 0; v < V; ++v) {
-        const auto* channel = reinterpret_cast<const float*>(
-            block + L::strip(v0 + v) * bytes + groups * kGroupBytes);
-        const typename S::F scale = S::load(channel + L::lane(v0 + v));
+        const auto* channel = reinterpret_cast<const float*>(block + groups * kGroupBytes);
+        const typename S::F scale = S::load(channel + (v0 + v) * S::kLanes);
         KT_UNROLL
         for (int r = 0; r < R; ++r) {
           S::store(out + r * kBlockRows + (v0 + v) * S::kLanes, S::mul(acc[v][r], scale));
@@ -187,25 +182,23 @@ struct Bf16 {
   static constexpr int kPlanes = 1, kExactPlanes = S::kBf16Dot ? 2 : 1;
 
   template <int R>
-  static void dot(const uint8_t* block, int64_t bytes, int64_t groups, const uint8_t* tile,
+  static void dot(const uint8_t* block, int64_t groups, const uint8_t* tile,
                   float* out, int64_t prefetch) {
-    using L = BlockLanes<S>;
-    constexpr int V = 2;  // two vectors share each broadcast
-    for (int v0 = 0; v0 < L::kVectors; v0 += V) {
-      const uint8_t* w[V];
+    constexpr int V = vectors_at_once<S>(R, S::kFloatCells);
+    for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
+      const uint8_t* w = block + v0 * S::kLanes * 4;
       typename S::F acc[V][R];
       KT_UNROLL
       for (int v = 0; v < V; ++v) {
-        w[v] = block + L::strip(v0 + v) * bytes + L::lane(v0 + v) * 4;
         KT_UNROLL
         for (int r = 0; r < R; ++r) acc[v][r] = S::zero();
       }
       const uint8_t* a = tile;
-      for (int64_t pair = 0; pair < groups * (kGroup / 2); ++pair, a += R * Codec::kPairBytes) {
+      for (int64_t pair = 0; pair < groups * (kGroup / 2); ++pair) {
         typename S::Wb weight[V];
         KT_UNROLL
         for (int v = 0; v < V; ++v) {
-          const uint8_t* p = w[v] + pair * 64;
+          const uint8_t* p = w + v * S::kLanes * 4;
           if constexpr (R <= 2) S::prefetch(p + prefetch);
           weight[v] = S::weight_bf16(S::load_i(p));
         }
@@ -215,6 +208,8 @@ struct Bf16 {
           KT_UNROLL
           for (int v = 0; v < V; ++v) acc[v][r] = S::dot_bf16(acc[v][r], weight[v], x);
         }
+        a += R * Codec::kPairBytes;
+        w += kUnitBytes;
       }
       KT_UNROLL
       for (int v = 0; v < V; ++v) {
@@ -227,11 +222,11 @@ struct Bf16 {
 
 // Calls dot<R> for a run-time R.
 template <class Format, int R = Format::kMaxRows>
-static KT_INLINE void dot_block(int rows, const uint8_t* block, int64_t bytes, int64_t groups,
+static KT_INLINE void dot_block(int rows, const uint8_t* block, int64_t groups,
                                 const uint8_t* tile, float* out, int64_t prefetch) {
-  if (rows == R) return Format::template dot<R>(block, bytes, groups, tile, out, prefetch);
+  if (rows == R) return Format::template dot<R>(block, groups, tile, out, prefetch);
   if constexpr (R > 1) {
-    return dot_block<Format, R - 1>(rows, block, bytes, groups, tile, out, prefetch);
+    return dot_block<Format, R - 1>(rows, block, groups, tile, out, prefetch);
   }
 }
 

@@ -8,7 +8,7 @@ static void linear(const LinearJob& job, ThreadPool& pool) {
   using Codec = typename Format::Codec;
   const int64_t groups = ceil_div(job.cols, kGroup);
   const int64_t token_bytes = job.planes * Codec::row_bytes(job.cols);
-  const int64_t strip = strip_bytes(Format::kFormat, job.cols);
+  const int64_t block = block_bytes(Format::kFormat, job.cols);
 
   encode_tokens<S, Codec>(pool, job.x, job.tokens, job.cols, job.planes, job.tokens_encoded);
   if (job.tile_count < job.tokens) {
@@ -17,7 +17,7 @@ static void linear(const LinearJob& job, ThreadPool& pool) {
   }
 
   const int64_t blocks = ceil_div(job.rows, kBlockRows);
-  const int64_t step = blocks_per_task(2 * strip);
+  const int64_t step = blocks_per_task(block);
   parallel_for(pool, ceil_div(blocks, step), [&](int64_t task, int) {
     const int64_t begin = task * step;
     const int64_t end = begin + step < blocks ? begin + step : blocks;
@@ -34,7 +34,7 @@ static void linear(const LinearJob& job, ThreadPool& pool) {
         const TokenTile& tile = job.tiles[i];
         const uint8_t* x = tile.tokens == 1 ? job.tokens_encoded + tile.first * token_bytes
                                             : job.tiles_encoded + tile.first * token_bytes;
-        dot_block<Format>(tile.tokens * job.planes, job.weight + b * 2 * strip, strip, groups, x, c,
+        dot_block<Format>(tile.tokens * job.planes, job.weight + b * block, groups, x, c,
                           job.prefetch_bytes);
         sum_planes<S>(c, tile.tokens, job.planes);
         for (int32_t t = 0; t < tile.tokens; ++t) {

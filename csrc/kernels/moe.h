@@ -17,8 +17,8 @@ static void moe(const MoeJob& job, ThreadPool& pool) {
   const int planes = job.planes;
   const int64_t in_token_bytes = planes * Codec::row_bytes(hidden);
   const int64_t mid_token_bytes = planes * Codec::row_bytes(intermediate);
-  const int64_t in_strip = strip_bytes(Format::kFormat, hidden);
-  const int64_t mid_strip = strip_bytes(Format::kFormat, intermediate);
+  const int64_t in_block = block_bytes(Format::kFormat, hidden);
+  const int64_t mid_block = block_bytes(Format::kFormat, intermediate);
 
   encode_tokens<S, Codec>(pool, job.x, job.tokens, hidden, planes, job.tokens_encoded);
   if (job.tile_count < job.pairs) {  // some tile has several tokens
@@ -28,7 +28,7 @@ static void moe(const MoeJob& job, ThreadPool& pool) {
   }
 
   const int64_t mid_blocks = mid_groups;  // a block of rows is a group of the next matrix's columns
-  const int64_t up_step = blocks_per_task(4 * in_strip);
+  const int64_t up_step = blocks_per_task(2 * in_block);
   const int64_t up_tasks = ceil_div(mid_blocks, up_step);
   parallel_for(pool, job.experts * up_tasks, [&](int64_t task, int) {
     const ActiveExpert& expert = job.expert[task / up_tasks];
@@ -37,16 +37,15 @@ static void moe(const MoeJob& job, ThreadPool& pool) {
     alignas(64) float gate[Format::kMaxRows * kBlockRows];
     alignas(64) float up[Format::kMaxRows * kBlockRows];
     for (int64_t b = begin; b < end; ++b) {
-      const uint8_t* weights = expert.gate_up + b * 4 * in_strip;
+      const uint8_t* weights = expert.gate_up + b * 2 * in_block;
       for (int32_t i = expert.tile_begin; i < expert.tile_end; ++i) {
         const TokenTile& tile = job.tiles[i];
         const uint8_t* x = tile.tokens == 1
                                ? job.tokens_encoded + job.pair_token[tile.first] * in_token_bytes
                                : job.in_encoded + tile.first * in_token_bytes;
         const int rows = tile.tokens * planes;
-        dot_block<Format>(rows, weights, in_strip, hidden_groups, x, gate, job.prefetch_bytes);
-        dot_block<Format>(rows, weights + 2 * in_strip, in_strip, hidden_groups, x, up,
-                          job.prefetch_bytes);
+        dot_block<Format>(rows, weights, hidden_groups, x, gate, job.prefetch_bytes);
+        dot_block<Format>(rows, weights + in_block, hidden_groups, x, up, job.prefetch_bytes);
         sum_planes<S>(gate, tile.tokens, planes);
         sum_planes<S>(up, tile.tokens, planes);
         for (int32_t t = 0; t < tile.tokens; ++t) {
@@ -64,7 +63,7 @@ static void moe(const MoeJob& job, ThreadPool& pool) {
 
   const int64_t out_blocks = hidden_groups;
   // With many tokens, wide ranges: each range reads all encoded intermediate activations once.
-  int64_t down_step = blocks_per_task(2 * mid_strip * job.experts);
+  int64_t down_step = blocks_per_task(mid_block * job.experts);
   const int64_t wide = out_blocks / (4 * pool.size()) < 8 ? out_blocks / (4 * pool.size()) : 8;
   if (job.pairs > 8 * job.experts && down_step < wide) down_step = wide;
   parallel_for(pool, ceil_div(out_blocks, down_step), [&](int64_t task, int) {
@@ -83,8 +82,8 @@ static void moe(const MoeJob& job, ThreadPool& pool) {
         const TokenTile& tile = job.tiles[i];
         const uint8_t* h = job.mid_encoded + tile.first * mid_token_bytes;
         for (int64_t b = begin; b < end; ++b) {
-          dot_block<Format>(tile.tokens * planes, expert.down + b * 2 * mid_strip, mid_strip,
-                            mid_groups, h, c, job.prefetch_bytes);
+          dot_block<Format>(tile.tokens * planes, expert.down + b * mid_block, mid_groups, h, c,
+                            job.prefetch_bytes);
           sum_planes<S>(c, tile.tokens, planes);
           for (int32_t t = 0; t < tile.tokens; ++t) {
             const int32_t pair = tile.first + t;
