@@ -1,0 +1,435 @@
+"""The operator registry: backends offer implementations, requests choose among them.
+
+A backend is a module `ktcore.backends.<name>`, or an entry point of the group `ktcore.backends`,
+that has a `BACKEND`. It says what hardware it needs and, once asked, which operators it implements
+for which formats. A request goes to the cheapest implementation that supports it; `explain` tells
+for each candidate why it was taken or passed over. A backend that fails to import or fails its
+self-check is reported and skipped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import importlib
+import os
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from importlib import metadata
+
+from ktcore.dispatch import probe
+from ktcore.dispatch.machine import Machine
+
+OPS = ("moe", "linear", "dequantize", "quantize", "route")
+ENTRY_POINTS = "ktcore.backends"
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend was asked for that does not exist or cannot run here."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an operator call needs: everything that the choice may depend on."""
+
+    op: str
+    format: str | None = None
+    tokens: int = 1
+    hidden_size: int = 0
+    intermediate_size: int = 0
+    num_experts: int = 0
+    top_k: int = 0
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+    exact: bool = False
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute one operator.
+
+    Attributes:
+        op: name of the operator.
+        backend: name of the backend that offers it.
+        formats: stored weight formats it takes; empty for an operator without weights.
+        run: the function, with the operator's arguments already checked.
+        cost: estimated seconds of a request on a machine.
+        supports: None where it can serve a request, else the reason why not.
+        detail: which variant would run on a machine, for reports.
+    """
+
+    op: str
+    backend: str
+    formats: tuple[str, ...]
+    run: Callable
+    cost: Callable[[Request, Machine], float]
+    supports: Callable[[Request, Machine], str | None] = lambda request, machine: None
+    detail: Callable[[Machine], str] = lambda machine: ""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A family of implementations for one kind of hardware.
+
+    Attributes:
+        name: what users force it by.
+        description: one line for reports.
+        rank: breaks ties of cost; higher wins.
+        missing: what this machine lacks to run it; empty if it can.
+        implementations: called once, when the backend can run.
+        self_check: run once before first use; raises if a result is wrong.
+        evidence: how it has been verified: "run on hardware", "run emulated" or "compiled".
+    """
+
+    name: str
+    description: str
+    rank: int
+    missing: Callable[[Machine], list[str]]
+    implementations: Callable[[], list[Implementation]]
+    self_check: Callable[[], None] | None = None
+    evidence: str = "compiled"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An implementation in the light of one request. `reason` is why it was taken or not."""
+
+    backend: str
+    accepted: bool
+    reason: str
+    cost: float | None = None
+    detail: str = ""
+    implementation: Implementation | None = field(default=None, repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Every candidate for a request, the chosen one first."""
+
+    request: Request
+    chosen: str | None
+    candidates: tuple[Candidate, ...]
+
+    def to_dict(self) -> dict:
+        names = Request.__dataclass_fields__
+        return {
+            "request": {n: getattr(self.request, n) for n in names},
+            "chosen": self.chosen,
+            "candidates": [
+                {
+                    "backend": c.backend,
+                    "accepted": c.accepted,
+                    "reason": c.reason,
+                    "cost_us": None if c.cost is None else c.cost * 1e6,
+                    "detail": c.detail,
+                }
+                for c in self.candidates
+            ],
+        }
+
+    def __str__(self) -> str:
+        r = self.request
+        what = f"{r.op}" + (f" {r.format}" if r.format else "") + f", {r.tokens} token(s)"
+        lines = [f"{what}: {self.chosen or 'nothing can serve this'}"]
+        for c in self.candidates:
+            name = f"{c.backend} ({c.detail})" if c.detail else c.backend
+            cost = "" if c.cost is None else f" [about {_seconds(c.cost)}]"
+            lines.append(f"  {'*' if c.backend == self.chosen else '-'} {name}: {c.reason}{cost}")
+        return "\n".join(lines)
+
+
+def _seconds(t: float) -> str:
+    return f"{t * 1e6:.3g} us" if t < 1e-3 else f"{t * 1e3:.3g} ms" if t < 1 else f"{t:.3g} s"
+
+
+# -------------------------------------------------------------------------------------- discovery
+
+
+@functools.lru_cache(maxsize=1)
+def _discovered() -> tuple[dict[str, Backend], dict[str, str]]:
+    """Backends by name, and for what failed to import the reason by name."""
+    import ktcore.backends
+
+    found: dict[str, Backend] = {}
+    failed: dict[str, str] = {}
+
+    def add(name: str, load: Callable[[], object]) -> None:
+        try:
+            backend = load()
+        except Exception as error:  # a broken backend must not take the others down
+            failed[name] = f"import failed: {type(error).__name__}: {error}"
+            return
+        if backend is None:
+            return
+        if not isinstance(backend, Backend):
+            failed[name] = f"BACKEND is {type(backend).__name__}, not a ktcore.dispatch.Backend"
+        elif backend.name in found:
+            failed[name] = f"the name {backend.name!r} is taken by another backend"
+        else:
+            found[backend.name] = backend
+
+    for module in pkgutil.iter_modules(ktcore.backends.__path__):
+        path = f"{ktcore.backends.__name__}.{module.name}"
+        add(module.name, lambda p=path: getattr(importlib.import_module(p), "BACKEND", None))
+    for point in metadata.entry_points(group=ENTRY_POINTS):
+        add(point.name, point.load)
+    return found, failed
+
+
+def backends() -> dict[str, Backend]:
+    """All backends that could be imported, by name, best rank first."""
+    found, _ = _discovered()
+    return dict(sorted(found.items(), key=lambda item: -item[1].rank))
+
+
+def import_failures() -> dict[str, str]:
+    """Backends that could not be imported, with the reason."""
+    return dict(_discovered()[1])
+
+
+@functools.lru_cache(maxsize=None)
+def _implementations(name: str) -> tuple[Implementation, ...] | str:
+    try:
+        return tuple(backends()[name].implementations())
+    except Exception as error:
+        return f"import failed: {type(error).__name__}: {error}"
+
+
+@functools.lru_cache(maxsize=None)
+def _self_check_failure(name: str) -> str | None:
+    check = backends()[name].self_check
+    if check is None:
+        return None
+    try:
+        check()
+    except Exception as error:
+        return f"self-check failed: {type(error).__name__}: {error}"
+    return None
+
+
+def why_not(name: str) -> str | None:
+    """Why a backend cannot run on this machine; None if it can."""
+    if name not in backends():
+        return import_failures().get(name, "there is no such backend")
+    missing = backends()[name].missing(probe.machine())
+    if missing:
+        return "this machine lacks " + ", ".join(missing)
+    implementations = _implementations(name)
+    if isinstance(implementations, str):
+        return implementations
+    return _self_check_failure(name)
+
+
+def implementations(name: str) -> tuple[Implementation, ...]:
+    """What a backend that can run here implements; empty for one that cannot."""
+    if why_not(name) is not None:
+        return ()
+    found = _implementations(name)
+    return found if isinstance(found, tuple) else ()
+
+
+# ---------------------------------------------------------------------------------------- forcing
+
+# Within a `use` block; the process-wide setting is the variable's default.
+_forced: contextvars.ContextVar[Mapping[str, str] | None] = contextvars.ContextVar(
+    "ktcore_forced", default=None
+)
+_process_forced: dict[str, str] = {}
+
+
+def _parse(text: str, source: str) -> dict[str, str]:
+    """"avx2" or "avx512,route=reference" as {operator or "*": backend}."""
+    out = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        op, equals, backend = part.rpartition("=")
+        op = op.strip() if equals else "*"
+        if op != "*" and op not in OPS:
+            raise ValueError(f"{source}: unknown operator {op!r}; expected one of {', '.join(OPS)}")
+        out[op] = backend.strip()
+    return out
+
+
+def _environment() -> dict[str, str]:
+    text = os.environ.get("KTCORE_BACKEND", "")
+    return _parse(text, "KTCORE_BACKEND") if text else {}
+
+
+def forced_backend(op: str) -> str | None:
+    """The backend that `use` or KTCORE_BACKEND demands for an operator."""
+    for setting in (_forced.get(), _process_forced, _environment()):
+        if setting and (name := setting.get(op) or setting.get("*")):
+            return name
+    return None
+
+
+def _demand(name: str, source: str) -> None:
+    reason = why_not(name)
+    if reason is None:
+        return
+    if name not in backends() and name not in import_failures():
+        known = ", ".join(backends())
+        raise BackendUnavailable(f"{source}: there is no backend {name!r}; there are: {known}")
+    raise BackendUnavailable(f"{source}: backend {name!r} cannot run: {reason}")
+
+
+class use(contextlib.AbstractContextManager):
+    """Force a backend, for the process or for a block.
+
+    ``ktcore.use("avx2")`` holds until the next call, ``with ktcore.use("avx2"):`` for the block (of
+    this thread or task); ``use(moe="reference")`` for one operator; ``use()`` lifts what was forced.
+
+    Raises:
+        BackendUnavailable: it does not exist or cannot run here; the message says what is missing.
+    """
+
+    def __init__(self, backend: str | None = None, **per_op: str):
+        wanted = {} if backend is None else {"*": backend}
+        for op, name in per_op.items():
+            if op not in OPS:
+                raise ValueError(f"use: unknown operator {op!r}; expected one of {', '.join(OPS)}")
+            wanted[op] = name
+        for name in wanted.values():
+            _demand(name, "use")
+        self._wanted = wanted
+        self._before = dict(_process_forced)
+        _process_forced.clear()
+        _process_forced.update(wanted)
+        forget_choices()
+
+    def __enter__(self) -> use:
+        # A block is this thread's own: hand the process back what it had.
+        _process_forced.clear()
+        _process_forced.update(self._before)
+        self._token = _forced.set({**(_forced.get() or {}), **self._wanted})
+        forget_choices()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        _forced.reset(self._token)
+        forget_choices()
+
+
+# -------------------------------------------------------------------------------------- selection
+
+_choices: dict[tuple, Implementation] = {}
+
+
+def forget_choices() -> None:
+    """Choose afresh: what is forced, or the machine, has changed."""
+    _choices.clear()
+
+
+def _bucket(tokens: int) -> int:
+    """Calls of similar size share a choice: exact to 16 tokens, then by powers of two."""
+    return tokens if tokens <= 16 else 1 << (tokens - 1).bit_length()
+
+
+def select(request: Request) -> Implementation:
+    """The implementation that serves a request; remembered until something changes.
+
+    Raises:
+        BackendUnavailable: a forced backend cannot run or does not serve this, or nothing does.
+    """
+    key = (
+        request.op,
+        request.format,
+        _bucket(request.tokens),
+        request.hidden_size,
+        request.intermediate_size,
+        request.num_experts,
+        request.top_k,
+        request.dtype,
+        request.device,
+        request.exact,
+        _forced.get() and tuple(_forced.get().items()),
+    )
+    chosen = _choices.get(key)
+    if chosen is None:
+        chosen = _choose(replace(request, tokens=_bucket(request.tokens)))
+        _choices[key] = chosen
+    return chosen
+
+
+def _choose(request: Request) -> Implementation:
+    forced = forced_backend(request.op)
+    if forced is not None:
+        _demand(forced, f"{request.op}: KTCORE_BACKEND or use()")
+    candidates = _candidates(request, forced)
+    if candidates and candidates[0].accepted:
+        assert candidates[0].implementation is not None
+        return candidates[0].implementation
+    reasons = "; ".join(f"{c.backend}: {c.reason}" for c in candidates)
+    what = f"{request.op}" + (f" in {request.format}" if request.format else "")
+    raise BackendUnavailable(f"no backend serves {what} on {request.device}: {reasons}")
+
+
+def _candidates(request: Request, forced: str | None) -> list[Candidate]:
+    machine = probe.machine()
+    out: list[Candidate] = [
+        Candidate(name, False, reason) for name, reason in import_failures().items()
+    ]
+    for name in backends():
+        reason = why_not(name)
+        if reason is not None:
+            out.append(Candidate(name, False, reason))
+            continue
+        mine = [i for i in implementations(name) if i.op == request.op]
+        if not mine:
+            out.append(Candidate(name, False, f"does not implement {request.op}"))
+        for i in mine:
+            cost, detail = None, i.detail(machine)
+            if i.formats and request.format not in i.formats:
+                reason = f"does not take {request.format}; takes {', '.join(i.formats)}"
+            else:
+                reason = i.supports(request, machine)
+                cost = i.cost(request, machine) if reason is None else None
+            if reason is None and forced is not None and forced != name:
+                out.append(Candidate(name, False, f"{forced} is forced", cost, detail))
+            elif reason is None:
+                out.append(Candidate(name, True, "can serve this", cost, detail, i))
+            else:
+                out.append(Candidate(name, False, reason, cost, detail))
+    rank = {name: b.rank for name, b in backends().items()}
+    out.sort(key=lambda c: (not c.accepted, c.cost if c.accepted else 0, -rank.get(c.backend, 0)))
+    if out and out[0].accepted:
+        others = [c for c in out[1:] if c.accepted]
+        why = "forced" if forced else "lowest estimated cost" if others else "the only one"
+        out[0] = replace(out[0], reason=f"chosen: {why}")
+        out[1:] = [
+            replace(c, reason="can serve this, at a higher estimated cost") if c.accepted else c
+            for c in out[1:]
+        ]
+    return out
+
+
+def explain(op: str, *, format: str | None = None, tokens: int = 1, **fields: object) -> Explanation:
+    """Why an operator call would go where it goes.
+
+    Args:
+        op: moe, linear, dequantize, quantize or route.
+        format: stored weight format, by name or alias, for operators with weights.
+        tokens: number of tokens of the call.
+        fields: any other field of `Request`: hidden_size, intermediate_size, num_experts, top_k,
+            dtype, device, exact.
+
+    Raises:
+        ValueError: unknown operator or format.
+        BackendUnavailable: a forced backend does not exist or cannot run.
+    """
+    if op not in OPS:
+        raise ValueError(f"op: unknown operator {op!r}; expected one of {', '.join(OPS)}")
+    if format is not None:
+        from ktcore.formats import get_format
+
+        format = get_format(format).name
+    elif op != "route":
+        format = "bf16"
+    request = Request(op=op, format=None if op == "route" else format, tokens=tokens, **fields)
+    forced = forced_backend(op)
+    if forced is not None:
+        _demand(forced, f"{op}: KTCORE_BACKEND or use()")
+    candidates = tuple(_candidates(request, forced))
+    chosen = candidates[0].backend if candidates and candidates[0].accepted else None
+    return Explanation(request, chosen, candidates)

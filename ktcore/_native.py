@@ -1,0 +1,66 @@
+"""The compiled extension `ktcore._C`, where there is one, and its thread count.
+
+ktcore works without it, on its reference backend: `ext` is then None and `why` says why.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from types import ModuleType
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    try:
+        return importlib.import_module("ktcore._C"), None
+    except ImportError as error:
+        return None, f"the native extension ktcore._C cannot be loaded: {error}"
+
+
+ext, why = _load()
+
+
+def available_threads() -> int:
+    """CPUs this process may use: its affinity mask, limited by the container's quota."""
+    from ktcore.dispatch.probe import cpu_quota
+
+    try:
+        cpus = len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        cpus = os.cpu_count() or 1
+    quota = cpu_quota()
+    return max(1, min(cpus, int(quota + 0.5))) if quota else cpus
+
+
+def set_num_threads(threads: int) -> None:
+    """Compute with this many threads (the caller's included) in the native CPU kernels.
+
+    More threads than cores is allowed, and slower. The default is `KTCORE_NUM_THREADS`, else every
+    CPU that the process may use.
+    """
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+        raise ValueError(f"threads: expected an int of at least 1, got {threads!r}")
+    if ext is not None:
+        ext.set_num_threads(threads)
+
+
+def get_num_threads() -> int:
+    """How many threads the native CPU kernels compute with (1 without the extension)."""
+    return ext.get_num_threads() if ext is not None else 1
+
+
+def _default_threads() -> int:
+    text = os.environ.get("KTCORE_NUM_THREADS")
+    if text is None:
+        return available_threads()
+    try:
+        threads = int(text)
+    except ValueError:
+        threads = 0
+    if threads < 1:
+        raise ValueError(f"KTCORE_NUM_THREADS: expected an integer of at least 1, got {text!r}")
+    return threads
+
+
+if ext is not None:
+    ext.set_num_threads(_default_threads())
