@@ -1,0 +1,35 @@
+"""x86 processors with AVX2, FMA and F16C; AVX-VNNI where present: kernels in csrc/avx2 and csrc/kernels."""
+
+from __future__ import annotations
+
+from ktcore.dispatch.machine import Machine
+from ktcore.dispatch.registry import Backend, Implementation
+
+
+def _missing(machine: Machine) -> list[str]:
+    from ktcore.backends.native.operators import missing
+
+    return missing("avx2", machine)
+
+
+def _implementations() -> list[Implementation]:
+    from ktcore.backends.native.operators import operators
+
+    return operators("avx2")
+
+
+def _self_check() -> None:
+    from ktcore.backends.native.self_check import self_check
+
+    self_check("avx2")
+
+
+BACKEND = Backend(
+    name="avx2",
+    description="x86 processors with AVX2, FMA and F16C; AVX-VNNI where present",
+    rank=20,
+    missing=_missing,
+    implementations=_implementations,
+    self_check=_self_check,
+    evidence="run on hardware",
+)

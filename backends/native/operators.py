@@ -1,0 +1,249 @@
+"""The operators of one CPU backend, as calls into the extension."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ktcore import _native
+from ktcore.backends.native.packing import packed_experts, packed_matrix
+from ktcore.dispatch import figures, probe
+from ktcore.dispatch.machine import Machine
+from ktcore.dispatch.registry import Implementation, Request
+from ktcore.formats import get_format
+from ktcore.weights import ExpertWeights, QuantTensor
+
+FORMATS = ("bf16", "int8", "int4_g32")
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+SCORING = {"softmax": 0, "sigmoid": 1}
+MAX_EXPERTS = 4096  # of the route kernel's tables
+
+# Seconds that a call costs beside its work: crossing into the extension, waking the threads.
+CALL_SECONDS = 5e-6
+
+
+def missing(backend: str, machine: Machine) -> list[str]:
+    """What a machine lacks to run any of a backend's instruction sets."""
+    if _native.ext is None:
+        return [f"the native extension ({_native.why})"]
+    least: list[str] | None = None
+    for isa in _native.ext.isas():
+        if isa["backend"] == backend:
+            lacking = machine.cpu.missing(*isa["requires"])
+            if least is None or len(lacking) < len(least):
+                least = lacking
+    return ["kernels for this processor architecture"] if least is None else least
+
+
+def instruction_set(backend: str, machine: Machine) -> str:
+    """The most capable instruction set of a backend that a machine runs."""
+    best = [
+        isa["name"]
+        for isa in _native.ext.isas()
+        if isa["backend"] == backend and not machine.cpu.missing(*isa["requires"])
+    ]
+    return best[-1]
+
+
+def _kind(format: str | None) -> str:
+    """The dot product that a format's kernels use."""
+    return "bf16" if format == "bf16" else "int8"
+
+
+def _seconds(backend: str, machine: Machine, format: str, nbytes: float, operations: float) -> float:
+    threads = _native.get_num_threads()
+    known = figures.load_cached(machine)
+    read = figures.read_bandwidth(known, threads) * 1e9
+    isa = instruction_set(backend, machine)
+    peak = figures.dot_peak(known, isa, _kind(format), threads) * 1e9
+    # Integer formats take activations as two int8 planes: twice the dot products.
+    planes = 1 if _kind(format) == "bf16" else 2
+    return CALL_SECONDS + max(nbytes / read, planes * operations / peak)
+
+
+def _moe_cost(backend: str, request: Request, machine: Machine) -> float:
+    bits = get_format(request.format).bits
+    per_expert = 3 * request.hidden_size * request.intermediate_size
+    experts = max(1, request.num_experts)
+    # Experts that at least one token goes to, were they chosen evenly.
+    active = experts * (1 - (1 - min(1, request.top_k / experts)) ** request.tokens)
+    operations = 2 * per_expert * request.tokens * request.top_k
+    return _seconds(backend, machine, request.format, active * per_expert * bits / 8, operations)
+
+
+def _linear_cost(backend: str, request: Request, machine: Machine) -> float:
+    # hidden_size x intermediate_size is the matrix, whatever the two mean to the caller.
+    size = request.hidden_size * request.intermediate_size
+    nbytes = size * get_format(request.format).bits / 8
+    return _seconds(backend, machine, request.format, nbytes, 2 * size * request.tokens)
+
+
+def _on_cpu(request: Request, machine: Machine) -> str | None:
+    return None if request.device == "cpu" else f"computes on the CPU, not on {request.device}"
+
+
+def _route_fits(request: Request, machine: Machine) -> str | None:
+    if request.num_experts > MAX_EXPERTS:
+        return f"takes at most {MAX_EXPERTS} experts, not {request.num_experts}"
+    return _on_cpu(request, machine)
+
+
+def operators(backend: str) -> list[Implementation]:
+    """The implementations that a CPU backend registers."""
+    ext = _native.ext
+    known: tuple[Machine, str] | None = None
+
+    def isa() -> str:
+        # The machine changes only when a test pretends to be on another one.
+        nonlocal known
+        machine = probe.machine()
+        if known is None or known[0] is not machine:
+            known = (machine, instruction_set(backend, machine))
+        return known[1]
+
+    def moe(
+        hidden_states: Tensor,
+        experts: ExpertWeights,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        *,
+        activation: str,
+        exact: bool,
+    ) -> Tensor:
+        tokens, hidden_size = hidden_states.shape
+        out = torch.empty((tokens, hidden_size), dtype=hidden_states.dtype)
+        if tokens:
+            ids, weights = topk_ids.contiguous(), topk_weights.contiguous()
+            ext.moe(
+                isa(),
+                packed_experts(experts),
+                hidden_states.data_ptr(),
+                DTYPES[hidden_states.dtype],
+                tokens,
+                hidden_states.stride(0),
+                ids.data_ptr(),
+                weights.data_ptr(),
+                ids.shape[1],
+                out.data_ptr(),
+                hidden_size,
+                ACTIVATIONS[activation],
+                exact,
+            )
+        return out
+
+    def linear(x: Tensor, weight: QuantTensor, bias: Tensor | None, *, exact: bool) -> Tensor:
+        tokens = x.shape[0]
+        out = torch.empty((tokens, weight.shape[0]), dtype=x.dtype)
+        if tokens:
+            bias = None if bias is None else bias.to(torch.float32).contiguous()
+            ext.linear(
+                isa(),
+                packed_matrix(weight),
+                x.data_ptr(),
+                DTYPES[x.dtype],
+                tokens,
+                x.stride(0),
+                0 if bias is None else bias.data_ptr(),
+                out.data_ptr(),
+                weight.shape[0],
+                exact,
+            )
+        return out
+
+    def dequantize(weight: QuantTensor, dtype: torch.dtype) -> Tensor:
+        out = torch.empty(weight.shape, dtype=dtype)
+        if out.numel():
+            data = weight.parts["data"].contiguous()
+            scales = weight.parts.get("scales")
+            scales = None if scales is None else scales.contiguous()
+            ext.dequantize(
+                isa(),
+                weight.format.name,
+                out.numel() // weight.shape[-1],
+                weight.shape[-1],
+                data.data_ptr(),
+                0 if scales is None else scales.data_ptr(),
+                out.data_ptr(),
+                DTYPES[dtype],
+            )
+        return out
+
+    def quantize(tensor: Tensor, format_name: str) -> QuantTensor:
+        format = get_format(format_name)
+        rows = tensor.reshape(-1, tensor.shape[-1])
+        if rows.stride(-1) != 1:
+            rows = rows.contiguous()
+        parts = {
+            name: torch.empty(shape, dtype=dtype)
+            for name, (shape, dtype) in format.part_specs(tuple(tensor.shape)).items()
+        }
+        if rows.numel():
+            scales = parts.get("scales")
+            ext.quantize(
+                isa(),
+                format.name,
+                rows.data_ptr(),
+                DTYPES[rows.dtype],
+                rows.shape[0],
+                rows.shape[1],
+                rows.stride(0),
+                parts["data"].data_ptr(),
+                0 if scales is None else scales.data_ptr(),
+            )
+        return QuantTensor(format, tuple(tensor.shape), parts)
+
+    def route(
+        logits: Tensor,
+        top_k: int,
+        *,
+        scoring: str,
+        correction_bias: Tensor | None,
+        n_group: int,
+        topk_group: int,
+        renormalize: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        tokens, num_experts = logits.shape
+        ids = torch.empty((tokens, top_k), dtype=torch.int64)
+        weights = torch.empty((tokens, top_k), dtype=torch.float32)
+        if tokens:
+            logits = logits.to(torch.float32)
+            if logits.stride(-1) != 1:
+                logits = logits.contiguous()
+            bias = None
+            if correction_bias is not None:
+                bias = correction_bias.to(torch.float32).contiguous()
+            ext.route(
+                isa(),
+                logits.data_ptr(),
+                logits.stride(0),
+                tokens,
+                num_experts,
+                top_k,
+                SCORING[scoring],
+                0 if bias is None else bias.data_ptr(),
+                n_group,
+                topk_group,
+                renormalize,
+                scale,
+                ids.data_ptr(),
+                weights.data_ptr(),
+            )
+        return ids, weights
+
+    def flat(request: Request, machine: Machine) -> float:
+        return CALL_SECONDS + 1e-8 * request.tokens
+
+    def implementation(op, formats, run, cost, supports=_on_cpu):
+        return Implementation(
+            op, backend, formats, run, cost, supports, lambda m: instruction_set(backend, m)
+        )
+
+    return [
+        implementation("moe", FORMATS, moe, lambda r, m: _moe_cost(backend, r, m)),
+        implementation("linear", FORMATS, linear, lambda r, m: _linear_cost(backend, r, m)),
+        implementation("dequantize", FORMATS, dequantize, flat),
+        implementation("quantize", FORMATS, quantize, flat),
+        implementation("route", (), route, flat, _route_fits),
+    ]

@@ -1,0 +1,41 @@
+"""A small `moe` in every format against plain torch, before a CPU backend is first used.
+
+It is there for what tests elsewhere cannot know: a miscompiled wheel, a hypervisor that misreports
+the processor.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ktcore.backends.native.operators import FORMATS, operators
+from ktcore.weights import ExpertWeights
+
+
+def self_check(backend: str) -> None:
+    """Raises RuntimeError if a backend's `moe` is wrong."""
+    moe = next(i.run for i in operators(backend) if i.op == "moe")
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    x, weights = random(3, 40), torch.rand(3, 2, generator=generator)
+    ids = torch.tensor([[0, 1], [2, -1], [1, 1]])
+    for format in FORMATS:
+        experts = ExpertWeights.from_dense(
+            random(3, 48, 40) / 6, random(3, 48, 40) / 6, random(3, 40, 48) / 7, format
+        )
+        gate, up, down = (
+            getattr(experts, name).dequantize(torch.float32) for name in ("gate", "up", "down")
+        )
+        expected = torch.zeros_like(x)
+        for t, k in torch.nonzero(ids >= 0).tolist():
+            e = ids[t, k]
+            h = F.silu(gate[e] @ x[t]) * (up[e] @ x[t])
+            expected[t] += weights[t, k] * (down[e] @ h)
+        got = moe(x, experts, ids, weights, activation="silu", exact=False)
+        error = ((got - expected).norm() / expected.norm()).item()
+        if not error <= experts.format.tolerance:
+            raise RuntimeError(f"moe in {format} is off by {error:.1%} on a known example")
