@@ -1,0 +1,31 @@
+"""Stored weight formats: one file a family, each with a list `FORMATS`, gathered here."""
+
+from __future__ import annotations
+
+from ktcore.formats import floating, integer
+from ktcore.formats.base import Format, Parts
+
+__all__ = ["Format", "Parts", "format_names", "get_format"]
+
+_FORMATS = {f.name: f for family in (floating, integer) for f in family.FORMATS}
+_ALIASES = {alias: f.name for f in _FORMATS.values() for alias in f.aliases}
+
+
+def format_names() -> list[str]:
+    """Canonical names of all formats."""
+    return list(_FORMATS)
+
+
+def get_format(format: str | Format) -> Format:
+    """A format by name or alias; a `Format` is returned as it is.
+
+    Raises:
+        ValueError: there is no such format.
+    """
+    if isinstance(format, Format):
+        return format
+    found = _FORMATS.get(_ALIASES.get(format, format)) if isinstance(format, str) else None
+    if found is None:
+        known = ", ".join([*_FORMATS, *_ALIASES])
+        raise ValueError(f"format: unknown format {format!r}; known: {known}")
+    return found

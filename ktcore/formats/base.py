@@ -1,0 +1,75 @@
+"""What a stored weight format is."""
+
+from __future__ import annotations
+
+import abc
+import math
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, ...]
+Parts = dict[str, Tensor]
+
+
+class Format(abc.ABC):
+    """How a weight of logical shape [..., O, I] is stored, as named tensors ("parts").
+
+    The descriptor is the single source of truth: its `dequantize` defines what the stored numbers
+    mean, kernels are tested against it, and readers produce its parts.
+
+    Attributes:
+        name: canonical name.
+        aliases: other names that users may give.
+        bits: stored bits per weight, scales included, for sizes that need no padding.
+        group_size: how many neighbouring weights of a row share a scale; None if they do not.
+        arithmetic: what default kernels round activations to, "bf16" or "int16".
+        tolerance: largest relative L2 error of `moe` against exact arithmetic on the stored weights.
+        exact_tolerance: the same with ``exact=True``.
+    """
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    bits: float
+    group_size: int | None = None
+    arithmetic: str
+    tolerance: float
+    exact_tolerance: float = 5e-4
+
+    @abc.abstractmethod
+    def part_specs(self, shape: Shape) -> dict[str, tuple[Shape, torch.dtype]]:
+        """Shape and dtype of each part of a weight of a logical shape."""
+
+    @abc.abstractmethod
+    def quantize(self, weight: Tensor) -> Parts:
+        """Store a float tensor [..., O, I]. The reference quantiser, in plain torch."""
+
+    @abc.abstractmethod
+    def dequantize(self, parts: Parts, shape: Shape, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [..., O, I] that parts stand for, computed in float32 (or float64)."""
+
+    def nbytes(self, shape: Shape) -> int:
+        """Bytes of all parts of a weight of a logical shape."""
+        return sum(
+            math.prod(part) * dtype.itemsize for part, dtype in self.part_specs(shape).values()
+        )
+
+    def check(self, parts: Parts, shape: Shape, name: str = "parts") -> None:
+        """Raises ValueError or TypeError if parts do not fit the format and logical shape."""
+        specs = self.part_specs(shape)
+        if set(parts) != set(specs):
+            raise ValueError(
+                f"{name}: {self.name} is stored as {sorted(specs)}, got {sorted(parts)}"
+            )
+        for part, (expected, dtype) in specs.items():
+            got = parts[part]
+            if got.dtype != dtype:
+                raise TypeError(f"{name}[{part!r}]: expected {dtype}, got {got.dtype}")
+            if tuple(got.shape) != tuple(expected):
+                raise ValueError(
+                    f"{name}[{part!r}]: expected shape {tuple(expected)} for a {self.name} weight "
+                    f"of shape {tuple(shape)}, got {tuple(got.shape)}"
+                )
+
+    def __repr__(self) -> str:
+        return f"<Format {self.name}>"
