@@ -72,6 +72,17 @@ def load(machine: Machine) -> Figures | None:
     return figures if figures.cpu == processor_key(machine) else None
 
 
+def load_cached(machine: Machine) -> Figures | None:
+    """`load`, remembered per machine: selection asks often, the file changes rarely."""
+    global _loaded
+    if _loaded is None or _loaded[0] is not machine:
+        _loaded = (machine, load(machine))
+    return _loaded[1]
+
+
+_loaded: tuple[Machine, Figures | None] | None = None
+
+
 def measure(machine: Machine, progress: Callable[[str], None] | None = None) -> Figures:
     """Measure and store the limits for 1 to all threads. Takes some seconds.
 
@@ -101,6 +112,8 @@ def measure(machine: Machine, progress: Callable[[str], None] | None = None) -> 
         processor_key(machine), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), read, peak
     )
     _store(figures)
+    global _loaded
+    _loaded = None
     return figures
 
 
