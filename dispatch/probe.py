@@ -14,7 +14,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ktcore import _native
+from ktcore import _cgroup, _native
+from ktcore._cgroup import read as _read
 from ktcore.dispatch.machine import Cache, Cpu, Device, Feature, Machine, Memory, NumaNode
 
 SYS = Path("/sys")
@@ -86,13 +87,6 @@ def cpu_brand() -> str:
     return platform.processor() or "unknown"
 
 
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text().strip()
-    except (OSError, ValueError):
-        return None
-
-
 def _cpu_list(text: str) -> tuple[int, ...]:
     """"0-3,8" as (0, 1, 2, 3, 8)."""
     out: list[int] = []
@@ -135,39 +129,6 @@ def _affinity() -> tuple[int, ...]:
         return tuple(range(os.cpu_count() or 1))
 
 
-def cpu_quota() -> float | None:
-    """The container's CPU limit in CPUs (cgroup v2, then v1), None where there is none."""
-    smallest = None
-    for folder in _cgroup_folders(""):
-        quota, _, period = (_read(folder / "cpu.max") or "").partition(" ")
-        if quota.isdigit() and period.isdigit() and int(period) > 0:
-            limit = int(quota) / int(period)
-            smallest = limit if smallest is None else min(smallest, limit)
-    for folder in _cgroup_folders("cpu"):
-        quota, period = _read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")
-        if quota and period and quota.isdigit() and int(period) > 0:
-            limit = int(quota) / int(period)
-            smallest = limit if smallest is None else min(smallest, limit)
-    return smallest
-
-
-def _cgroup_folders(controller: str) -> list[Path]:
-    """This process's cgroup and its ancestors: v2 for "", else that v1 controller's hierarchy."""
-    root = SYS / "fs/cgroup" / controller if controller else SYS / "fs/cgroup"
-    own = ""
-    for line in (_read(PROC / "self/cgroup") or "").splitlines():
-        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
-        if (controller in controllers.split(",")) if controller else controllers == "":
-            own = path.lstrip("/")
-    folder, out = root / own, []
-    while True:
-        out.append(folder)
-        if folder == root or root not in folder.parents:
-            break
-        folder = folder.parent
-    return out if root in out else [*out, root]
-
-
 def _caches() -> tuple[Cache, ...]:
     out = []
     for folder in sorted((SYS / "devices/system/cpu/cpu0/cache").glob("index*")):
@@ -207,7 +168,7 @@ def _cpu() -> Cpu:
         logical_cores=logical,
         physical_cores=_physical_cores(logical),
         affinity=_affinity(),
-        quota=cpu_quota(),
+        quota=_cgroup.cpu_quota(),
         caches=_caches(),
         numa=_numa(),
     )
@@ -229,13 +190,9 @@ def _memory() -> Memory:
         with contextlib.suppress(ValueError, OSError, AttributeError):
             page = os.sysconf("SC_PAGE_SIZE")
             total = available = page * os.sysconf("SC_PHYS_PAGES")
-    limit = None
-    for folder, name in [(f, "memory.max") for f in _cgroup_folders("")] + [
-        (f, "memory.limit_in_bytes") for f in _cgroup_folders("memory")
-    ]:
-        text = _read(folder / name)
-        if text and text.isdigit() and 0 < int(text) < (total or 1 << 62):
-            limit = int(text) if limit is None else min(limit, int(text))
+    limit = _cgroup.memory_limit()
+    if limit is not None and total and limit >= total:
+        limit = None
     return Memory(total, min(available, limit) if limit else available, limit)
 
 

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from types import ModuleType
+
+from ktcore import _cgroup
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -22,13 +25,11 @@ ext, why = _load()
 
 def available_threads() -> int:
     """CPUs this process may use: its affinity mask, limited by the container's quota."""
-    from ktcore.dispatch.probe import cpu_quota
-
     try:
         cpus = len(os.sched_getaffinity(0))
     except AttributeError:  # not Linux
         cpus = os.cpu_count() or 1
-    quota = cpu_quota()
+    quota = _cgroup.cpu_quota()
     return max(1, min(cpus, int(quota + 0.5))) if quota else cpus
 
 
@@ -62,5 +63,12 @@ def _default_threads() -> int:
     return threads
 
 
-if ext is not None:
+if ext is None:
+    warnings.warn(
+        f"{why}; ktcore computes with plain torch (backend reference), many times slower. "
+        "`ktcore-probe` shows what is missing.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+else:
     ext.set_num_threads(_default_threads())

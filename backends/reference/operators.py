@@ -1,0 +1,149 @@
+"""The operators in plain torch: weights dequantised by their format's reference, float32 arithmetic.
+
+Written to be read. Formats are asked only for `dequantize` and `quantize`, so a new format works here
+at once.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ktcore.dispatch.machine import Machine
+from ktcore.dispatch.registry import Implementation, Request
+from ktcore.formats import format_names, get_format
+from ktcore.weights import ExpertWeights, QuantTensor
+
+ACTIVATIONS = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
+
+# For ranking only. Plain torch pays for each of the small operators that it is made of, and reads and
+# writes a dequantised copy of each weight that it touches.
+SECONDS_PER_STEP = 50e-6
+SECONDS_PER_WEIGHT = 4e-9
+SECONDS_PER_OPERATION = 4e-11
+
+
+def check_ids(topk_ids: Tensor, num_experts: int) -> None:
+    """Raises IndexError if an id is neither -1 nor an expert."""
+    bad = (topk_ids < -1) | (topk_ids >= num_experts)
+    if bad.any():
+        t, k = (int(i) for i in bad.nonzero()[0])
+        raise IndexError(
+            f"topk_ids[{t}, {k}] is {int(topk_ids[t, k])}; expected -1 (not computed here) or 0 to "
+            f"{num_experts - 1}"
+        )
+
+
+def moe(
+    hidden_states: Tensor,
+    experts: ExpertWeights,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    *,
+    activation: str,
+    exact: bool,
+) -> Tensor:
+    check_ids(topk_ids, experts.num_experts)
+    act = ACTIVATIONS[activation]
+    x = hidden_states.to(torch.float32)
+    out = torch.zeros_like(x)
+    for e in topk_ids.unique().tolist():
+        if e < 0:
+            continue
+        token, slot = (topk_ids == e).nonzero(as_tuple=True)
+        gate, up, down = (
+            w[e].dequantize(torch.float32) for w in (experts.gate, experts.up, experts.down)
+        )
+        h = act(F.linear(x[token], gate)) * F.linear(x[token], up)
+        y = F.linear(h, down) * topk_weights[token, slot, None]
+        out.index_add_(0, token, y)
+    return out.to(hidden_states.dtype)
+
+
+def linear(x: Tensor, weight: QuantTensor, bias: Tensor | None, *, exact: bool) -> Tensor:
+    y = F.linear(x.to(torch.float32), weight.dequantize(torch.float32))
+    if bias is not None:
+        y = y + bias.to(torch.float32)
+    return y.to(x.dtype)
+
+
+def dequantize(weight: QuantTensor, dtype: torch.dtype) -> Tensor:
+    return weight.dequantize(dtype)
+
+
+def quantize(tensor: Tensor, format_name: str) -> QuantTensor:
+    return QuantTensor.quantize(tensor, format_name)
+
+
+def route(
+    logits: Tensor,
+    top_k: int,
+    *,
+    scoring: str,
+    correction_bias: Tensor | None,
+    n_group: int,
+    topk_group: int,
+    renormalize: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    logits = logits.to(torch.float32)
+    scores = logits.softmax(-1) if scoring == "softmax" else logits.sigmoid()
+    choice = scores if correction_bias is None else scores + correction_bias.to(torch.float32)
+    # A NaN is chosen last, not first.
+    choice = choice.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    if n_group > 1:
+        grouped = choice.unflatten(-1, (n_group, -1))
+        # A group counts its two best experts where a bias steers the choice, else its best one.
+        counted = 2 if correction_bias is not None and grouped.shape[-1] > 1 else 1
+        strength = grouped.topk(counted, dim=-1).values.sum(-1)
+        kept = strength.sort(dim=-1, descending=True, stable=True).indices[:, :topk_group]
+        allowed = torch.zeros_like(strength, dtype=torch.bool).scatter_(1, kept, True)
+        grouped = grouped.masked_fill(~allowed[..., None], -torch.inf)
+        # Among what is left, even an expert of score -inf in an allowed group comes before others.
+        order = grouped.flatten(1).sort(dim=-1, descending=True, stable=True).indices
+        barred = (~allowed)[..., None].expand_as(grouped).flatten(1).gather(1, order)
+        order = order.gather(1, barred.to(torch.uint8).sort(dim=-1, stable=True).indices)
+    else:
+        order = choice.sort(dim=-1, descending=True, stable=True).indices
+    ids = order[:, :top_k].contiguous()
+    weights = scores.gather(1, ids)
+    if renormalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return ids, weights * scale
+
+
+def _moe_cost(request: Request, machine: Machine) -> float:
+    per_expert = 3 * request.hidden_size * request.intermediate_size
+    pairs = request.tokens * request.top_k
+    active = min(max(1, request.num_experts), pairs)
+    return (
+        SECONDS_PER_STEP * (4 + 10 * active)
+        + SECONDS_PER_WEIGHT * active * per_expert
+        + SECONDS_PER_OPERATION * 2 * per_expert * pairs
+    )
+
+
+def _linear_cost(request: Request, machine: Machine) -> float:
+    size = request.hidden_size * request.intermediate_size
+    return (
+        3 * SECONDS_PER_STEP
+        + SECONDS_PER_WEIGHT * size
+        + SECONDS_PER_OPERATION * 2 * size * request.tokens
+    )
+
+
+def _flat_cost(request: Request, machine: Machine) -> float:
+    return 10 * SECONDS_PER_STEP + 1e-6 * request.tokens
+
+
+def operators() -> list[Implementation]:
+    """The implementations that this backend registers."""
+    formats = tuple(get_format(name).name for name in format_names())
+    return [
+        Implementation("moe", "reference", formats, moe, _moe_cost),
+        Implementation("linear", "reference", formats, linear, _linear_cost),
+        Implementation("dequantize", "reference", formats, dequantize, _flat_cost),
+        Implementation("quantize", "reference", formats, quantize, _flat_cost),
+        Implementation("route", "reference", (), route, _flat_cost),
+    ]

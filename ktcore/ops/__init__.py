@@ -1,0 +1,13 @@
+"""The public operators, one file each: check the arguments, choose an implementation, run it.
+
+Each is also a ``torch.library`` operator ``torch.ops.ktcore.<name>`` with a fake implementation, so
+that ``torch.compile(fullgraph=True)`` and ``torch.export`` see one node.
+"""
+
+from ktcore.ops.dequantize import dequantize
+from ktcore.ops.linear import linear
+from ktcore.ops.moe import moe
+from ktcore.ops.quantize import quantize
+from ktcore.ops.route import route
+
+__all__ = ["dequantize", "linear", "moe", "quantize", "route"]

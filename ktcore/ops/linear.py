@@ -1,0 +1,75 @@
+"""linear: a dense layer over a weight in a stored format."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ktcore.dispatch.registry import Request, select
+from ktcore.ops import _check
+from ktcore.weights import QuantTensor
+from ktcore.weights.quant_tensor import resolve
+
+
+def linear(
+    x: Tensor, weight: QuantTensor, bias: Tensor | None = None, *, exact: bool = False
+) -> Tensor:
+    """``x @ weight.T + bias``.
+
+    Args:
+        x: [..., I], float32, float16 or bfloat16.
+        weight: `QuantTensor` of shape [O, I], on the same device.
+        bias: [O], floating point, or None.
+        exact: keep the error of activations below 0.05 % where the default rounds them.
+
+    Returns:
+        [..., O] in the dtype of `x`.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+        BackendUnavailable: a forced backend cannot run here or does not serve this.
+    """
+    if not isinstance(weight, QuantTensor):
+        raise TypeError(f"weight: expected a QuantTensor, got {type(weight).__name__}")
+    if len(weight.shape) != 2 or 0 in weight.shape:
+        raise ValueError(f"weight: expected shape [O, I], each at least 1, got {weight.shape}")
+    _check.tensor(x, "x", _check.FLOATS, None)
+    if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x: expected shape [..., {weight.shape[1]}], the weight's columns, got "
+            f"{tuple(x.shape)}"
+        )
+    _check.device(x, "x", weight.device, "weight")
+    if bias is not None:
+        _check.tensor(bias, "bias", (*_check.FLOATS, torch.float64), 1)
+        if bias.shape[0] != weight.shape[0]:
+            raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {tuple(bias.shape)}")
+        _check.device(bias, "bias", weight.device, "weight")
+    return torch.ops.ktcore.linear(x, weight.handle, bias, bool(exact))
+
+
+@torch.library.custom_op("ktcore::linear", mutates_args=())
+def _linear(x: Tensor, weight: int, bias: Tensor | None, exact: bool) -> Tensor:
+    matrix = resolve(weight)
+    assert isinstance(matrix, QuantTensor)
+    rows = _check.rows_dense(x.detach()).reshape(-1, x.shape[-1])
+    chosen = select(
+        Request(
+            op="linear",
+            format=matrix.format.name,
+            tokens=rows.shape[0],
+            hidden_size=matrix.shape[1],
+            intermediate_size=matrix.shape[0],
+            dtype=str(x.dtype).removeprefix("torch."),
+            device=x.device.type,
+            exact=exact,
+        )
+    )
+    y = chosen.run(rows, matrix, None if bias is None else bias.detach(), exact=exact)
+    return y.reshape(*x.shape[:-1], matrix.shape[0])
+
+
+@_linear.register_fake
+def _(x, weight, bias, exact):
+    matrix = resolve(weight)
+    return x.new_empty((*x.shape[:-1], matrix.shape[0]))
