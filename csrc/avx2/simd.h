@@ -12,10 +12,10 @@ namespace ktcore::KTCORE_ISA {
 
 struct Simd {
   static constexpr int kLanes = 8;
-  // The largest tiles, and how many (vector, row) cells fit in 16 registers: an integer cell keeps
-  // three sums, a float cell one.
-  static constexpr int kIntRows = 3, kIntCells = 4;
-  static constexpr int kFloatRows = 4, kFloatCells = 8;
+  // The largest tiles, and how many (vector, row) cells are summed in 16 registers at once, beside
+  // the weights and a broadcast.
+  static constexpr int kIntRows = 4, kIntCells = 8;
+  static constexpr int kFloatRows = 6, kFloatCells = 12;
   using F = __m256;
   using I = __m256i;
 
@@ -81,9 +81,19 @@ struct Simd {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   }
   static KT_INLINE I xor_i(I a, I b) { return _mm256_xor_si256(a, b); }
-  static KT_INLINE I low_nibbles(I a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
-  static KT_INLINE I high_nibbles(I a) {
-    return _mm256_and_si256(_mm256_srli_epi16(a, 4), _mm256_set1_epi8(15));
+  // Weights widened to pairs of 16 bits: bytes 0 and 2 of each lane, or 1 and 3.
+  static KT_INLINE I even_bytes(I a) { return _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8); }
+  static KT_INLINE I odd_bytes(I a) { return _mm256_srai_epi16(a, 8); }
+  // Nibble N of each 16 bits.
+  template <int N>
+  static KT_INLINE I nibble(I a) {
+    const I shifted = _mm256_srli_epi16(a, 4 * N);
+    return N == 3 ? shifted : _mm256_and_si256(shifted, _mm256_set1_epi16(15));
+  }
+  static KT_INLINE I sub_i16(I a, I b) { return _mm256_sub_epi16(a, b); }
+  static KT_INLINE I set1_i16(int16_t v) { return _mm256_set1_epi16(v); }
+  static KT_INLINE void store_i(void* p, I v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v);
   }
   static KT_INLINE I broadcast4(const uint8_t* p) {
     int32_t v;
@@ -113,20 +123,20 @@ struct Simd {
     std::memcpy(&out, &bits, 4);
     return out;
   }
-  // Rounds 32 values v * inverse to integers n = 256 * high + low and returns their sum. low never
-  // is -128, whose negation does not fit.
-  static KT_INLINE int32_t encode16(const F* v, F inverse, int8_t* high, int8_t* low) {
-    I h[4], l[4], sum = _mm256_setzero_si256();
+  // Rounds 32 values v * inverse to 16-bit integers and returns their sum. Of each four, the middle
+  // two change places: see encode.h.
+  static KT_INLINE int32_t encode16(const F* v, F inverse, int16_t* out) {
+    I n[4];
     KT_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const I n = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], inverse));
-      h[i] = _mm256_srai_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(128)), 8);
-      const I h256 = _mm256_slli_epi32(h[i], 8);
-      l[i] = _mm256_max_epi32(_mm256_sub_epi32(n, h256), _mm256_set1_epi32(-127));
-      sum = _mm256_add_epi32(sum, _mm256_add_epi32(h256, l[i]));
+    for (int i = 0; i < 4; ++i) n[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], inverse));
+    KT_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      // The pack works within 128-bit halves: put its quarters back in order.
+      I q = _mm256_permute4x64_epi64(_mm256_packs_epi32(n[2 * i], n[2 * i + 1]), 0xd8);
+      q = _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(q, 0xd8), 0xd8);
+      store_i(out + 16 * i, q);
     }
-    store_bytes(h, high);
-    store_bytes(l, low);
+    const I sum = _mm256_add_epi32(_mm256_add_epi32(n[0], n[1]), _mm256_add_epi32(n[2], n[3]));
     __m128i x = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
     x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0x4e));
     x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0xb1));
@@ -148,45 +158,29 @@ struct Simd {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
                         _mm256_permutevar8x32_epi32(bytes, order));
   }
-  static KT_INLINE I add_high(I low, I high) {
-    return _mm256_add_epi32(low, _mm256_slli_epi32(high, 8));
-  }
 
-  // ---- dot products of four unsigned weights with four signed activations, per 32-bit lane
-#if defined(__AVXVNNI__)
-  static constexpr bool kSignedWeights = false;
-  struct W8 {
-    I value;
-  };
-  static KT_INLINE W8 weight_u8(I raw) { return {raw}; }
-  static KT_INLINE I dot_u8(I acc, W8 w, I a) { return _mm256_dpbusd_avx_epi32(acc, w.value, a); }
-  static KT_INLINE I begin_u4(int32_t offset) { return _mm256_set1_epi32(offset); }
-  static KT_INLINE I dot_u4(I acc, I w, I a) { return _mm256_dpbusd_avx_epi32(acc, w, a); }
-  static KT_INLINE I end_u4(I acc, int32_t) { return acc; }
+  // ---- dot products of two 16-bit weights with two 16-bit activations, per 32-bit lane
+#if defined(KTCORE_VNNI)
+  static KT_INLINE I dot_i16(I acc, I w, I a) { return _mm256_dpwssd_avx_epi32(acc, w, a); }
+  // Four unsigned bytes with four signed ones: the fastest the unit does, for measuring it.
+  static KT_INLINE I dot_u8(I acc, I w, I a) { return _mm256_dpbusd_avx_epi32(acc, w, a); }
 #else
-  // vpmaddubsw saturates at 16 bits, so bytes are taken as sign and magnitude (at most 128 * 127
-  // * 2); nibbles fit, even eight sums of them (8 * 2 * 15 * 127 < 2^15).
-  static constexpr bool kSignedWeights = true;
-  struct W8 {
-    I magnitude, sign;
-  };
-  static KT_INLINE W8 weight_u8(I raw) {
-    const I value = _mm256_xor_si256(raw, _mm256_set1_epi8(static_cast<char>(0x80)));
-    return {_mm256_abs_epi8(value), value};
+  static KT_INLINE I dot_i16(I acc, I w, I a) {
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(w, a));
   }
-  static KT_INLINE I dot_u8(I acc, W8 w, I a) {
-    const I pairs = _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(a, w.sign));
+  static KT_INLINE I dot_u8(I acc, I w, I a) {
+    const I pairs = _mm256_maddubs_epi16(w, a);
     return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
-  static KT_INLINE I begin_u4(int32_t) { return _mm256_setzero_si256(); }
-  static KT_INLINE I dot_u4(I acc, I w, I a) {
-    return _mm256_add_epi16(acc, _mm256_maddubs_epi16(w, a));
-  }
-  static KT_INLINE I end_u4(I acc, int32_t offset) {
-    return _mm256_add_epi32(_mm256_madd_epi16(acc, _mm256_set1_epi16(1)),
-                            _mm256_set1_epi32(offset));
-  }
 #endif
+
+  // The two bf16 of each lane, as floats.
+  static KT_INLINE F low_bf16(I raw) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(raw, 16));
+  }
+  static KT_INLINE F high_bf16(I raw) {
+    return _mm256_castsi256_ps(_mm256_and_si256(raw, _mm256_set1_epi32(-65536)));
+  }
 
   // ---- dot products of two bf16 weights with two float activations, per 32-bit lane
   static constexpr bool kBf16Dot = false;
@@ -197,8 +191,7 @@ struct Simd {
     F even, odd;
   };
   static KT_INLINE Wb weight_bf16(I raw) {
-    return {_mm256_castsi256_ps(_mm256_slli_epi32(raw, 16)),
-            _mm256_castsi256_ps(_mm256_and_si256(raw, _mm256_set1_epi32(-65536)))};
+    return {low_bf16(raw), high_bf16(raw)};
   }
   static KT_INLINE Ab activation_bf16(const uint8_t* p) {
     float v[2];

@@ -1,8 +1,13 @@
 // AVX-512 (F, BW, DQ, VL), with VNNI and BF16 dot products where this file is compiled for them.
 #pragma once
 
+#if defined(KTCORE_EMULATE_AVX512)
+#include "avx512/emulated.h"
+#else
 #include <immintrin.h>
+#endif
 
+#include <bit>
 #include <cstring>
 
 #include "common/platform.h"
@@ -12,9 +17,9 @@ namespace ktcore::KTCORE_ISA {
 
 struct Simd {
   static constexpr int kLanes = 16;
-  // The largest tiles, and how many (vector, row) cells fit in 32 registers: an integer cell keeps
-  // three sums, a float cell one.
-  static constexpr int kIntRows = 8, kIntCells = 8;
+  // The largest tiles, and how many (vector, row) cells are summed in 32 registers at once, beside
+  // the weights and a broadcast.
+  static constexpr int kIntRows = 8, kIntCells = 16;
   static constexpr int kFloatRows = 12, kFloatCells = 24;
   using F = __m512;
   using I = __m512i;
@@ -68,10 +73,18 @@ struct Simd {
   static KT_INLINE I set1_i32(int32_t v) { return _mm512_set1_epi32(v); }
   static KT_INLINE I load_i(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static KT_INLINE I xor_i(I a, I b) { return _mm512_xor_si512(a, b); }
-  static KT_INLINE I low_nibbles(I a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
-  static KT_INLINE I high_nibbles(I a) {
-    return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15));
+  // Weights widened to pairs of 16 bits: bytes 0 and 2 of each lane, or 1 and 3.
+  static KT_INLINE I even_bytes(I a) { return _mm512_srai_epi16(_mm512_slli_epi16(a, 8), 8); }
+  static KT_INLINE I odd_bytes(I a) { return _mm512_srai_epi16(a, 8); }
+  // Nibble N of each 16 bits.
+  template <int N>
+  static KT_INLINE I nibble(I a) {
+    const I shifted = _mm512_srli_epi16(a, 4 * N);
+    return N == 3 ? shifted : _mm512_and_si512(shifted, _mm512_set1_epi16(15));
   }
+  static KT_INLINE I sub_i16(I a, I b) { return _mm512_sub_epi16(a, b); }
+  static KT_INLINE I set1_i16(int16_t v) { return _mm512_set1_epi16(v); }
+  static KT_INLINE void store_i(void* p, I v) { _mm512_storeu_si512(p, v); }
   static KT_INLINE I broadcast4(const uint8_t* p) {
     int32_t v;
     std::memcpy(&v, p, 4);
@@ -92,19 +105,17 @@ struct Simd {
     std::memcpy(&out, &m, 4);
     return out;
   }
-  // Rounds 32 values v * inverse to integers n = 256 * high + low and returns their sum. low never
-  // is -128, whose negation does not fit.
-  static KT_INLINE int32_t encode16(const F* v, F inverse, int8_t* high, int8_t* low) {
+  // Rounds 32 values v * inverse to 16-bit integers and returns their sum. Of each four, the middle
+  // two change places: see encode.h.
+  static KT_INLINE int32_t encode16(const F* v, F inverse, int16_t* out) {
     I sum = _mm512_setzero_si512();
     KT_UNROLL
     for (int i = 0; i < 2; ++i) {
       const I n = _mm512_cvtps_epi32(_mm512_mul_ps(v[i], inverse));
-      const I h = _mm512_srai_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(128)), 8);
-      const I h256 = _mm512_slli_epi32(h, 8);
-      const I l = _mm512_max_epi32(_mm512_sub_epi32(n, h256), _mm512_set1_epi32(-127));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(high + 16 * i), _mm512_cvtepi32_epi8(h));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(low + 16 * i), _mm512_cvtepi32_epi8(l));
-      sum = _mm512_add_epi32(sum, _mm512_add_epi32(h256, l));
+      __m256i q = _mm512_cvtepi32_epi16(n);
+      q = _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(q, 0xd8), 0xd8);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 16 * i), q);
+      sum = _mm512_add_epi32(sum, n);
     }
     return _mm512_reduce_add_epi32(sum);
   }
@@ -116,51 +127,32 @@ struct Simd {
       _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 16 * i), _mm512_cvtepi32_epi8(n));
     }
   }
-  static KT_INLINE I add_high(I low, I high) {
-    return _mm512_add_epi32(low, _mm512_slli_epi32(high, 8));
-  }
 
-  // ---- dot products of four unsigned weights with four signed activations, per 32-bit lane
-#if defined(__AVX512VNNI__)
-  static constexpr bool kSignedWeights = false;
-  struct W8 {
-    I value;
-  };
-  static KT_INLINE W8 weight_u8(I raw) { return {raw}; }
-  static KT_INLINE I dot_u8(I acc, W8 w, I a) { return _mm512_dpbusd_epi32(acc, w.value, a); }
-  // Nibbles: begin with the offset, end with nothing left to do.
-  static KT_INLINE I begin_u4(int32_t offset) { return _mm512_set1_epi32(offset); }
-  static KT_INLINE I dot_u4(I acc, I w, I a) { return _mm512_dpbusd_epi32(acc, w, a); }
-  static KT_INLINE I end_u4(I acc, int32_t) { return acc; }
+  // ---- dot products of two 16-bit weights with two 16-bit activations, per 32-bit lane
+#if defined(KTCORE_VNNI)
+  static KT_INLINE I dot_i16(I acc, I w, I a) { return _mm512_dpwssd_epi32(acc, w, a); }
+  // Four unsigned bytes with four signed ones: the fastest the unit does, for measuring it.
+  static KT_INLINE I dot_u8(I acc, I w, I a) { return _mm512_dpbusd_epi32(acc, w, a); }
 #else
-  // vpmaddubsw saturates at 16 bits, so bytes are taken as sign and magnitude (at most 128 * 127
-  // * 2); nibbles fit, even eight sums of them (8 * 2 * 15 * 127 < 2^15).
-  static constexpr bool kSignedWeights = true;
-  struct W8 {
-    I magnitude;
-    __mmask64 negative;
-  };
-  static KT_INLINE W8 weight_u8(I raw) {
-    const I value = _mm512_xor_si512(raw, _mm512_set1_epi8(static_cast<char>(0x80)));
-    return {_mm512_abs_epi8(value), _mm512_movepi8_mask(value)};
+  static KT_INLINE I dot_i16(I acc, I w, I a) {
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(w, a));
   }
-  static KT_INLINE I dot_u8(I acc, W8 w, I a) {
-    const I s = _mm512_mask_sub_epi8(a, w.negative, _mm512_setzero_si512(), a);
-    const I pairs = _mm512_maddubs_epi16(w.magnitude, s);
+  static KT_INLINE I dot_u8(I acc, I w, I a) {
+    const I pairs = _mm512_maddubs_epi16(w, a);
     return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
-  }
-  static KT_INLINE I begin_u4(int32_t) { return _mm512_setzero_si512(); }
-  static KT_INLINE I dot_u4(I acc, I w, I a) {
-    return _mm512_add_epi16(acc, _mm512_maddubs_epi16(w, a));
-  }
-  static KT_INLINE I end_u4(I acc, int32_t offset) {
-    return _mm512_add_epi32(_mm512_madd_epi16(acc, _mm512_set1_epi16(1)),
-                            _mm512_set1_epi32(offset));
   }
 #endif
 
+  // The two bf16 of each lane, as floats.
+  static KT_INLINE F low_bf16(I raw) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(raw, 16));
+  }
+  static KT_INLINE F high_bf16(I raw) {
+    return _mm512_castsi512_ps(_mm512_and_si512(raw, _mm512_set1_epi32(-65536)));
+  }
+
   // ---- dot products of two bf16 weights with two activations, per 32-bit lane
-#if defined(__AVX512BF16__)
+#if defined(KTCORE_BF16)
   // The activations are rounded to bf16 too, four bytes a pair.
   static constexpr bool kBf16Dot = true;
   using Wb = I;
@@ -168,7 +160,7 @@ struct Simd {
   static KT_INLINE Wb weight_bf16(I raw) { return raw; }
   static KT_INLINE Ab activation_bf16(const uint8_t* p) { return broadcast4(p); }
   static KT_INLINE F dot_bf16(F acc, Wb w, Ab a) {
-    return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(a));
+    return _mm512_dpbf16_ps(acc, std::bit_cast<__m512bh>(w), std::bit_cast<__m512bh>(a));
   }
 #else
   static constexpr bool kBf16Dot = false;
@@ -179,8 +171,7 @@ struct Simd {
     F even, odd;
   };
   static KT_INLINE Wb weight_bf16(I raw) {
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(raw, 16)),
-            _mm512_castsi512_ps(_mm512_and_si512(raw, _mm512_set1_epi32(-65536)))};
+    return {low_bf16(raw), high_bf16(raw)};
   }
   static KT_INLINE Ab activation_bf16(const uint8_t* p) {
     float v[2];

@@ -17,7 +17,7 @@ void pack_bf16(const StoredMatrix& m, int64_t row0, int64_t rows, uint8_t* out) 
 
 void pack_int8(const StoredMatrix& m, int64_t row0, int64_t rows, uint8_t* out) {
   const int64_t padded = round_up(m.cols, kGroup);
-  std::memset(out, 0x80, static_cast<size_t>(padded * kBlockRows));
+  std::memset(out, 0, static_cast<size_t>(padded * kBlockRows));
   auto* scales = reinterpret_cast<float*>(out + padded * kBlockRows);
   for (int64_t r = 0; r < rows; ++r) {
     const auto* src = static_cast<const uint8_t*>(m.data) + (row0 + r) * m.cols;
@@ -25,10 +25,9 @@ void pack_int8(const StoredMatrix& m, int64_t row0, int64_t rows, uint8_t* out) 
     for (; k + 4 <= m.cols; k += 4) {
       uint32_t four;
       std::memcpy(&four, src + k, 4);
-      four ^= 0x80808080u;
       std::memcpy(out + k * kBlockRows + r * 4, &four, 4);
     }
-    for (; k < m.cols; ++k) out[k / 4 * kUnitBytes + r * 4 + k % 4] = src[k] ^ 0x80;
+    for (; k < m.cols; ++k) out[k / 4 * kUnitBytes + r * 4 + k % 4] = src[k];
     scales[r] = static_cast<const float*>(m.scales)[row0 + r];
   }
 }

@@ -3,10 +3,10 @@
 // A matrix [rows, cols] is cut into blocks of 32 rows; a block is one contiguous run of memory that
 // a matrix-vector product reads once, front to back. In a block, each 128-byte unit holds the same
 // few columns of all 32 rows, one 32-bit lane a row, which is what the dot-product instructions
-// take (four int8 or two bf16 a lane), so no lane is ever shuffled:
+// take (pairs of 16 bits a lane, once bytes and nibbles are widened), so no lane is ever shuffled:
 //
 //   bf16      unit = 2 columns
-//   int8      unit = 4 columns, stored as unsigned (value + 128); at the end 32 float scales
+//   int8      unit = 4 columns; at the end 32 float scales
 //   int4_g32  unit = 8 columns: the low nibbles are columns 0-3, the high nibbles columns 4-7, both
 //             unsigned (value + 8); after each group of 32 columns its 32 bf16 scales
 //

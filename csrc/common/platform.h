@@ -6,10 +6,10 @@
 
 #if defined(_MSC_VER) && !defined(__clang__)
 #define KT_INLINE __forceinline
-#define KT_RESTRICT __restrict
+#define KT_NOINLINE __declspec(noinline)
 #else
 #define KT_INLINE inline __attribute__((always_inline))
-#define KT_RESTRICT __restrict__
+#define KT_NOINLINE __attribute__((noinline))
 #endif
 
 // Full unrolling of the register-blocked loops: without it the accumulators live in memory.
@@ -19,6 +19,14 @@
 #define KT_UNROLL _Pragma("GCC unroll 32")
 #else
 #define KT_UNROLL
+#endif
+
+// Has a vector that several operations use loaded into a register once: compilers like to fold the
+// load into each of them, which binds a loop to its load ports.
+#if defined(__GNUC__) && !defined(KTCORE_EMULATE_AVX512)
+#define KT_IN_REGISTER(v) __asm__("" : "+v"(v))
+#else
+#define KT_IN_REGISTER(v) (void)(v)
 #endif
 
 namespace ktcore {

@@ -39,21 +39,6 @@ static void gather_tiles(ThreadPool& pool, const TokenTile* tiles, int64_t count
   });
 }
 
-// Adds up the planes of each token: rows [token][plane][32] become [token][32] in place.
-template <class S>
-static KT_INLINE void sum_planes(float* c, int tokens, int planes) {
-  if (planes == 1) return;
-  for (int t = 0; t < tokens; ++t) {
-    for (int i = 0; i < kBlockRows; i += S::kLanes) {
-      typename S::F sum = S::load(c + t * planes * kBlockRows + i);
-      for (int p = 1; p < planes; ++p) {
-        sum = S::add(sum, S::load(c + (t * planes + p) * kBlockRows + i));
-      }
-      S::store(c + t * kBlockRows + i, sum);
-    }
-  }
-}
-
 // Blocks per task, so that a task reads at least about 32 KiB of weights.
 static KT_INLINE int64_t blocks_per_task(int64_t block_bytes) { return ceil_div(32768, block_bytes); }
 

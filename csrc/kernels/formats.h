@@ -1,6 +1,14 @@
-// The dot products of one block (32 weight rows) with a tile of R activation rows, for
-// each weight format. Every output is summed in the order of the columns in one lane, whatever R
-// is, so a token's result does not depend on which tokens share its tile.
+// The dot products of one block (32 weight rows) with tiles of R activation rows, for each weight
+// format, in two ways that give the same bits:
+//
+//   dot      reads the packed block once and widens it in registers: for few tokens, bound by memory
+//   expand   widens a piece of the block into a panel in the first-level cache, which panel_dot then
+//            multiplies with tile after tile: for many tokens, bound by the dot-product units
+//
+// Every output is summed in the order of the columns in one lane, whatever R is and whichever way is
+// taken, so a token's result does not depend on which tokens share its batch.
+//
+// The loops are functions of their own: inlined into their callers, compilers run out of registers.
 //
 // Adding a format: a struct like these, and a line in table.inl.
 #pragma once
@@ -16,23 +24,86 @@ static constexpr int vectors_at_once(int rows, int cells) {
   return v;
 }
 
+// One group of 32 columns is 16 pairs; a panel holds kPanelGroups groups: [pair][32 rows] of 16-bit
+// pairs, 16 KiB, which leaves the rest of a first-level cache to a tile of activations.
+static constexpr int64_t kPanelGroups = 8;
+
+// Panels of 16-bit weights, for both integer formats. `scales` are [group][32] or null.
+template <class S, bool kGroupScales>
+struct Int16Panel {
+  static constexpr int64_t kGroups = kPanelGroups;
+  alignas(64) uint8_t weights[kGroups * (kGroup / 2) * kUnitBytes];
+  alignas(64) float scales[kGroupScales ? kGroups * kBlockRows : 16];
+
+  // Adds groups [first, first + count) of a tile to `out` [R][32].
+  template <int R>
+  KT_NOINLINE void dot(int64_t first, int64_t count, int64_t groups, const uint8_t* tile, float* out) const {
+    constexpr int V = vectors_at_once<S>(R, S::kIntCells);
+    const float* x_scale = Int16Codec<S>::scales(tile, R, groups) + first * R;
+    for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
+      const uint8_t* w = weights + v0 * S::kLanes * 4;
+      const uint8_t* a = tile + first * kGroup * 2 * R;
+      for (int64_t g = 0; g < count; ++g) {
+        typename S::I acc[V][R];
+        KT_UNROLL
+        for (int v = 0; v < V; ++v) {
+          KT_UNROLL
+          for (int r = 0; r < R; ++r) acc[v][r] = S::zero_i();
+        }
+        // Four pairs a round: unrolled further, compilers keep products instead of sums.
+        for (int round = 0; round < static_cast<int>(kGroup) / 8; ++round) {
+          KT_UNROLL
+          for (int pair = 0; pair < 4; ++pair, w += kUnitBytes, a += 4 * R) {
+            typename S::I weight[V];
+            KT_UNROLL
+            for (int v = 0; v < V; ++v) {
+              weight[v] = S::load_i(w + v * S::kLanes * 4);
+              if constexpr (R > 1) KT_IN_REGISTER(weight[v]);
+            }
+            KT_UNROLL
+            for (int r = 0; r < R; ++r) {
+              const typename S::I x = S::broadcast4(a + r * 4);
+              KT_UNROLL
+              for (int v = 0; v < V; ++v) acc[v][r] = S::dot_i16(acc[v][r], weight[v], x);
+            }
+          }
+        }
+        KT_UNROLL
+        for (int r = 0; r < R; ++r) {
+          const typename S::F xs = S::set1(x_scale[g * R + r]);
+          KT_UNROLL
+          for (int v = 0; v < V; ++v) {
+            typename S::F scale = xs;
+            if constexpr (kGroupScales) {
+              scale = S::mul(S::load(scales + g * kBlockRows + (v0 + v) * S::kLanes), xs);
+            }
+            float* to = out + r * kBlockRows + (v0 + v) * S::kLanes;
+            S::store(to, S::fma(S::to_f32(acc[v][r]), scale, S::load(to)));
+          }
+        }
+      }
+    }
+  }
+};
+
 template <class S>
 struct Int4Group32 {
-  using Codec = Int16Codec<S, 8>;
+  using Codec = Int16Codec<S>;
+  using Panel = Int16Panel<S, true>;
   static constexpr WeightFormat kFormat = WeightFormat::int4_g32;
   static constexpr int kMaxRows = S::kIntRows;
   static constexpr int kPlanes = 1, kExactPlanes = 1;
+  static constexpr bool kPanels = true;
+  static constexpr int64_t kGroupBytes = group_bytes(kFormat);
+  static constexpr int kUnits = static_cast<int>(kGroup) / 8;
 
   template <int R>
-  static void dot(const uint8_t* block, int64_t groups, const uint8_t* tile,
+  KT_NOINLINE static void dot(const uint8_t* block, int64_t groups, const uint8_t* tile,
                   float* out, int64_t prefetch) {
     constexpr int V = vectors_at_once<S>(R, S::kIntCells);
-    constexpr int64_t kGroupBytes = group_bytes(kFormat);
-    constexpr int kUnits = static_cast<int>(kGroup) / 8;
-    const auto* scales = reinterpret_cast<const float*>(tile + R * groups * kGroup * 2);
-    const auto* offsets = reinterpret_cast<const int32_t*>(scales + R * groups);
+    const float* x_scale = Codec::scales(tile, R, groups);
+    const int32_t* offset = Codec::offsets(tile, R, groups);
     for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
-      const uint8_t* w = block + v0 * S::kLanes * 4;
       typename S::F acc[V][R];
       KT_UNROLL
       for (int v = 0; v < V; ++v) {
@@ -40,52 +111,224 @@ struct Int4Group32 {
         for (int r = 0; r < R; ++r) acc[v][r] = S::zero();
       }
       const uint8_t* a = tile;
+      const uint8_t* w = block + v0 * S::kLanes * 4;
       for (int64_t g = 0; g < groups; ++g, a += 2 * kGroup * R, w += kGroupBytes) {
-        typename S::I high[V][R], low[V][R];
+        typename S::I sum[V][R];
         KT_UNROLL
-        for (int v = 0; v < V; ++v) {
+        for (int r = 0; r < R; ++r) {
           KT_UNROLL
-          for (int r = 0; r < R; ++r) {
-            high[v][r] = S::zero_i();
-            low[v][r] = S::begin_u4(offsets[g * R + r]);
-          }
+          for (int v = 0; v < V; ++v) sum[v][r] = S::set1_i32(offset[g * R + r]);
         }
         KT_UNROLL
         for (int unit = 0; unit < kUnits; ++unit) {
-          typename S::I nibbles[2][V];
+          typename S::I raw[V];
           KT_UNROLL
           for (int v = 0; v < V; ++v) {
             const uint8_t* p = w + unit * kUnitBytes + v * S::kLanes * 4;
             if constexpr (R <= 2) S::prefetch(p + prefetch);
-            const typename S::I raw = S::load_i(p);
-            nibbles[0][v] = S::low_nibbles(raw);
-            nibbles[1][v] = S::high_nibbles(raw);
+            raw[v] = S::load_i(p);
           }
-          KT_UNROLL
-          for (int half = 0; half < 2; ++half) {
-            KT_UNROLL
-            for (int r = 0; r < R; ++r) {
-              const uint8_t* x = a + ((unit * 2 + half) * R + r) * 8;
-              const typename S::I x_high = S::broadcast4(x), x_low = S::broadcast4(x + 4);
-              KT_UNROLL
-              for (int v = 0; v < V; ++v) {
-                high[v][r] = S::dot_u4(high[v][r], nibbles[half][v], x_high);
-                low[v][r] = S::dot_u4(low[v][r], nibbles[half][v], x_low);
-              }
-            }
-          }
+          // Nibble 0 of the 16 bits holds columns 0 and 2, 2: 1 and 3, 1: 4 and 6, 3: 5 and 7.
+          dot_nibble<0, V, R>(sum, raw, a + (unit * 4 + 0) * R * 4);
+          dot_nibble<2, V, R>(sum, raw, a + (unit * 4 + 1) * R * 4);
+          dot_nibble<1, V, R>(sum, raw, a + (unit * 4 + 2) * R * 4);
+          dot_nibble<3, V, R>(sum, raw, a + (unit * 4 + 3) * R * 4);
         }
+        const auto* scales = reinterpret_cast<const uint16_t*>(block + g * kGroupBytes +
+                                                               kUnits * kUnitBytes);
         KT_UNROLL
         for (int v = 0; v < V; ++v) {
-          const uint8_t* p = block + g * kGroupBytes + kUnits * kUnitBytes;
-          const typename S::F scale =
-              S::load_bf16(reinterpret_cast<const uint16_t*>(p) + (v0 + v) * S::kLanes);
+          const typename S::F scale = S::load_bf16(scales + (v0 + v) * S::kLanes);
           KT_UNROLL
           for (int r = 0; r < R; ++r) {
-            const typename S::I sum = S::add_high(S::end_u4(low[v][r], offsets[g * R + r]),
-                                                  S::end_u4(high[v][r], 0));
-            const typename S::F both = S::mul(scale, S::set1(scales[g * R + r]));
-            acc[v][r] = S::fma(S::to_f32(sum), both, acc[v][r]);
+            const typename S::F both = S::mul(scale, S::set1(x_scale[g * R + r]));
+            acc[v][r] = S::fma(S::to_f32(sum[v][r]), both, acc[v][r]);
+          }
+        }
+      }
+      KT_UNROLL
+      for (int v = 0; v < V; ++v) {
+        KT_UNROLL
+        for (int r = 0; r < R; ++r) S::store(out + r * kBlockRows + (v0 + v) * S::kLanes, acc[v][r]);
+      }
+    }
+  }
+
+  static void expand(const uint8_t* block, int64_t first, int64_t count, Panel& panel) {
+    const typename S::I eight = S::set1_i16(8);
+    uint8_t* to = panel.weights;
+    for (int64_t g = 0; g < count; ++g) {
+      const uint8_t* w = block + (first + g) * kGroupBytes;
+      for (int unit = 0; unit < kUnits; ++unit, w += kUnitBytes, to += 4 * kUnitBytes) {
+        for (int64_t at = 0; at < kUnitBytes; at += S::kLanes * 4) {
+          const typename S::I raw = S::load_i(w + at);
+          S::store_i(to + at, S::sub_i16(S::template nibble<0>(raw), eight));
+          S::store_i(to + kUnitBytes + at, S::sub_i16(S::template nibble<2>(raw), eight));
+          S::store_i(to + 2 * kUnitBytes + at, S::sub_i16(S::template nibble<1>(raw), eight));
+          S::store_i(to + 3 * kUnitBytes + at, S::sub_i16(S::template nibble<3>(raw), eight));
+        }
+      }
+      for (int64_t r = 0; r < kBlockRows; r += S::kLanes) {
+        S::store(panel.scales + g * kBlockRows + r,
+                 S::load_bf16(reinterpret_cast<const uint16_t*>(w) + r));
+      }
+    }
+  }
+
+  static KT_INLINE void finish(const uint8_t*, int64_t, float*, int64_t) {}
+
+ private:
+  template <int N, int V, int R>
+  static KT_INLINE void dot_nibble(typename S::I (&sum)[V][R], const typename S::I (&raw)[V],
+                                   const uint8_t* a) {
+    typename S::I weight[V];
+    KT_UNROLL
+    for (int v = 0; v < V; ++v) weight[v] = S::template nibble<N>(raw[v]);
+    KT_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const typename S::I x = S::broadcast4(a + r * 4);
+      KT_UNROLL
+      for (int v = 0; v < V; ++v) sum[v][r] = S::dot_i16(sum[v][r], weight[v], x);
+    }
+  }
+};
+
+template <class S>
+struct Int8Channel {
+  using Codec = Int16Codec<S>;
+  using Panel = Int16Panel<S, false>;
+  static constexpr WeightFormat kFormat = WeightFormat::int8;
+  static constexpr int kMaxRows = S::kIntRows;
+  static constexpr int kPlanes = 1, kExactPlanes = 1;
+  static constexpr bool kPanels = true;
+  static constexpr int64_t kGroupBytes = group_bytes(kFormat);
+  static constexpr int kUnits = static_cast<int>(kGroup) / 4;
+
+  template <int R>
+  KT_NOINLINE static void dot(const uint8_t* block, int64_t groups, const uint8_t* tile,
+                  float* out, int64_t prefetch) {
+    constexpr int V = vectors_at_once<S>(R, S::kIntCells);
+    const float* x_scale = Codec::scales(tile, R, groups);
+    for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
+      typename S::F acc[V][R];
+      KT_UNROLL
+      for (int v = 0; v < V; ++v) {
+        KT_UNROLL
+        for (int r = 0; r < R; ++r) acc[v][r] = S::zero();
+      }
+      const uint8_t* a = tile;
+      const uint8_t* w = block + v0 * S::kLanes * 4;
+      for (int64_t g = 0; g < groups; ++g, a += 2 * kGroup * R, w += kGroupBytes) {
+        typename S::I sum[V][R];
+        KT_UNROLL
+        for (int v = 0; v < V; ++v) {
+          KT_UNROLL
+          for (int r = 0; r < R; ++r) sum[v][r] = S::zero_i();
+        }
+        KT_UNROLL
+        for (int unit = 0; unit < kUnits; ++unit) {
+          typename S::I raw[V], weight[V];
+          KT_UNROLL
+          for (int v = 0; v < V; ++v) {
+            const uint8_t* p = w + unit * kUnitBytes + v * S::kLanes * 4;
+            if constexpr (R <= 2) S::prefetch(p + prefetch);
+            raw[v] = S::load_i(p);
+            weight[v] = S::even_bytes(raw[v]);
+          }
+          dot_pair<V, R>(sum, weight, a + (unit * 2) * R * 4);
+          KT_UNROLL
+          for (int v = 0; v < V; ++v) weight[v] = S::odd_bytes(raw[v]);
+          dot_pair<V, R>(sum, weight, a + (unit * 2 + 1) * R * 4);
+        }
+        KT_UNROLL
+        for (int r = 0; r < R; ++r) {
+          const typename S::F scale = S::set1(x_scale[g * R + r]);
+          KT_UNROLL
+          for (int v = 0; v < V; ++v) {
+            acc[v][r] = S::fma(S::to_f32(sum[v][r]), scale, acc[v][r]);
+          }
+        }
+      }
+      KT_UNROLL
+      for (int v = 0; v < V; ++v) {
+        KT_UNROLL
+        for (int r = 0; r < R; ++r) S::store(out + r * kBlockRows + (v0 + v) * S::kLanes, acc[v][r]);
+      }
+    }
+    finish(block, groups, out, R);
+  }
+
+  static void expand(const uint8_t* block, int64_t first, int64_t count, Panel& panel) {
+    const uint8_t* w = block + first * kGroupBytes;
+    uint8_t* to = panel.weights;
+    for (int64_t unit = 0; unit < count * kUnits; ++unit, w += kUnitBytes, to += 2 * kUnitBytes) {
+      for (int64_t at = 0; at < kUnitBytes; at += S::kLanes * 4) {
+        const typename S::I raw = S::load_i(w + at);
+        S::store_i(to + at, S::even_bytes(raw));
+        S::store_i(to + kUnitBytes + at, S::odd_bytes(raw));
+      }
+    }
+  }
+
+  // Applies the channels' scales.
+  static KT_INLINE void finish(const uint8_t* block, int64_t groups, float* out, int64_t rows) {
+    const auto* channel = reinterpret_cast<const float*>(block + groups * kGroupBytes);
+    for (int v = 0; v < kBlockRows; v += S::kLanes) {
+      const typename S::F scale = S::load(channel + v);
+      for (int64_t r = 0; r < rows; ++r) {
+        float* to = out + r * kBlockRows + v;
+        S::store(to, S::mul(S::load(to), scale));
+      }
+    }
+  }
+
+ private:
+  template <int V, int R>
+  static KT_INLINE void dot_pair(typename S::I (&sum)[V][R], const typename S::I (&weight)[V],
+                                 const uint8_t* a) {
+    KT_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const typename S::I x = S::broadcast4(a + r * 4);
+      KT_UNROLL
+      for (int v = 0; v < V; ++v) sum[v][r] = S::dot_i16(sum[v][r], weight[v], x);
+    }
+  }
+};
+
+// Panels of floats: [column][32 rows].
+template <class S>
+struct FloatPanel {
+  static constexpr int64_t kGroups = kPanelGroups / 2;
+  alignas(64) float weights[kGroups * kGroup * kBlockRows];
+
+  template <int R>
+  KT_NOINLINE void dot(int64_t first, int64_t count, int64_t, const uint8_t* tile, float* out) const {
+    constexpr int V = vectors_at_once<S>(R, S::kFloatCells);
+    for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
+      typename S::F acc[V][R];
+      KT_UNROLL
+      for (int v = 0; v < V; ++v) {
+        KT_UNROLL
+        for (int r = 0; r < R; ++r) {
+          acc[v][r] = S::load(out + r * kBlockRows + (v0 + v) * S::kLanes);
+        }
+      }
+      const float* w = weights + v0 * S::kLanes;
+      const auto* x = reinterpret_cast<const float*>(tile) + first * kGroup * R;
+      for (int64_t pair = 0; pair < count * (kGroup / 2); ++pair, x += 2 * R) {
+        KT_UNROLL
+        for (int i = 0; i < 2; ++i, w += kBlockRows) {
+          typename S::F weight[V];
+          KT_UNROLL
+          for (int v = 0; v < V; ++v) {
+            weight[v] = S::load(w + v * S::kLanes);
+            if constexpr (R > 1) KT_IN_REGISTER(weight[v]);
+          }
+          KT_UNROLL
+          for (int r = 0; r < R; ++r) {
+            const typename S::F value = S::set1(x[2 * r + i]);
+            KT_UNROLL
+            for (int v = 0; v < V; ++v) acc[v][r] = S::fma(weight[v], value, acc[v][r]);
           }
         }
       }
@@ -99,90 +342,17 @@ struct Int4Group32 {
 };
 
 template <class S>
-struct Int8Channel {
-  using Codec = Int16Codec<S, S::kSignedWeights ? 0 : 128>;
-  static constexpr WeightFormat kFormat = WeightFormat::int8;
-  static constexpr int kMaxRows = S::kIntRows;
-  static constexpr int kPlanes = 1, kExactPlanes = 1;
-
-  template <int R>
-  static void dot(const uint8_t* block, int64_t groups, const uint8_t* tile,
-                  float* out, int64_t prefetch) {
-    constexpr int V = vectors_at_once<S>(R, S::kIntCells);
-    constexpr int64_t kGroupBytes = group_bytes(kFormat);
-    const auto* scales = reinterpret_cast<const float*>(tile + R * groups * kGroup * 2);
-    const auto* offsets = reinterpret_cast<const int32_t*>(scales + R * groups);
-    for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
-      const uint8_t* w = block + v0 * S::kLanes * 4;
-      typename S::F acc[V][R];
-      KT_UNROLL
-      for (int v = 0; v < V; ++v) {
-        KT_UNROLL
-        for (int r = 0; r < R; ++r) acc[v][r] = S::zero();
-      }
-      const uint8_t* a = tile;
-      for (int64_t g = 0; g < groups; ++g, a += 2 * kGroup * R, w += kGroupBytes) {
-        typename S::I high[V][R], low[V][R];
-        KT_UNROLL
-        for (int v = 0; v < V; ++v) {
-          KT_UNROLL
-          for (int r = 0; r < R; ++r) {
-            high[v][r] = S::zero_i();
-            low[v][r] = S::set1_i32(offsets[g * R + r]);
-          }
-        }
-        KT_UNROLL
-        for (int unit = 0; unit < 8; ++unit) {
-          typename S::W8 weight[V];
-          KT_UNROLL
-          for (int v = 0; v < V; ++v) {
-            const uint8_t* p = w + unit * kUnitBytes + v * S::kLanes * 4;
-            if constexpr (R <= 2) S::prefetch(p + prefetch);
-            weight[v] = S::weight_u8(S::load_i(p));
-          }
-          KT_UNROLL
-          for (int r = 0; r < R; ++r) {
-            const uint8_t* x = a + (unit * R + r) * 8;
-            const typename S::I x_high = S::broadcast4(x), x_low = S::broadcast4(x + 4);
-            KT_UNROLL
-            for (int v = 0; v < V; ++v) {
-              high[v][r] = S::dot_u8(high[v][r], weight[v], x_high);
-              low[v][r] = S::dot_u8(low[v][r], weight[v], x_low);
-            }
-          }
-        }
-        KT_UNROLL
-        for (int r = 0; r < R; ++r) {
-          const typename S::F scale = S::set1(scales[g * R + r]);
-          KT_UNROLL
-          for (int v = 0; v < V; ++v) {
-            const typename S::I sum = S::add_high(low[v][r], high[v][r]);
-            acc[v][r] = S::fma(S::to_f32(sum), scale, acc[v][r]);
-          }
-        }
-      }
-      KT_UNROLL
-      for (int v = 0; v < V; ++v) {
-        const auto* channel = reinterpret_cast<const float*>(block + groups * kGroupBytes);
-        const typename S::F scale = S::load(channel + (v0 + v) * S::kLanes);
-        KT_UNROLL
-        for (int r = 0; r < R; ++r) {
-          S::store(out + r * kBlockRows + (v0 + v) * S::kLanes, S::mul(acc[v][r], scale));
-        }
-      }
-    }
-  }
-};
-
-template <class S>
 struct Bf16 {
   using Codec = Bf16Codec<S>;
+  using Panel = FloatPanel<S>;
   static constexpr WeightFormat kFormat = WeightFormat::bf16;
   static constexpr int kMaxRows = S::kFloatRows;
   static constexpr int kPlanes = 1, kExactPlanes = S::kBf16Dot ? 2 : 1;
+  // A dot-product instruction takes the packed block as it is.
+  static constexpr bool kPanels = !S::kBf16Dot;
 
   template <int R>
-  static void dot(const uint8_t* block, int64_t groups, const uint8_t* tile,
+  KT_NOINLINE static void dot(const uint8_t* block, int64_t groups, const uint8_t* tile,
                   float* out, int64_t prefetch) {
     constexpr int V = vectors_at_once<S>(R, S::kFloatCells);
     for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
@@ -218,6 +388,20 @@ struct Bf16 {
       }
     }
   }
+
+  static void expand(const uint8_t* block, int64_t first, int64_t count, Panel& panel) {
+    const uint8_t* w = block + first * group_bytes(kFormat);
+    float* to = panel.weights;
+    for (int64_t pair = 0; pair < count * (kGroup / 2); ++pair, to += 2 * kBlockRows) {
+      for (int v = 0; v < kBlockRows; v += S::kLanes, w += S::kLanes * 4) {
+        const typename S::I raw = S::load_i(w);
+        S::store(to + v, S::low_bf16(raw));
+        S::store(to + kBlockRows + v, S::high_bf16(raw));
+      }
+    }
+  }
+
+  static KT_INLINE void finish(const uint8_t*, int64_t, float*, int64_t) {}
 };
 
 // Calls dot<R> for a run-time R.
@@ -227,6 +411,68 @@ static KT_INLINE void dot_block(int rows, const uint8_t* block, int64_t groups,
   if (rows == R) return Format::template dot<R>(block, groups, tile, out, prefetch);
   if constexpr (R > 1) {
     return dot_block<Format, R - 1>(rows, block, groups, tile, out, prefetch);
+  }
+}
+
+template <class Format, int R = Format::kMaxRows>
+static KT_INLINE void dot_panel(int rows, const typename Format::Panel& panel, int64_t first,
+                                int64_t count, int64_t groups, const uint8_t* tile, float* out) {
+  if (rows == R) return panel.template dot<R>(first, count, groups, tile, out);
+  if constexpr (R > 1) {
+    return dot_panel<Format, R - 1>(rows, panel, first, count, groups, tile, out);
+  }
+}
+
+// At most this many rows go through one product, so that their sums stay in the cache.
+static constexpr int kProductRows = 128;
+
+template <class Format>
+static constexpr int tiles_at_once() {
+  return kProductRows / Format::kMaxRows;
+}
+
+// One block times up to tiles_at_once() tiles: out [tile.first - tiles[0].first ...][planes][32];
+// then, with several planes, their sum [token][32] at the beginning of each tile's place.
+// `encoded(tile)` is where a tile's activations are.
+template <class S, class Format, class Encoded>
+static void multiply(const uint8_t* block, int64_t groups, const TokenTile* tiles, int count,
+                     int planes, Encoded encoded, float* out, int64_t prefetch) {
+  const auto place = [&](const TokenTile& tile) {
+    return out + (tile.first - tiles[0].first) * planes * kBlockRows;
+  };
+  if (count == 1 || !Format::kPanels) {
+    for (int i = 0; i < count; ++i) {
+      dot_block<Format>(tiles[i].tokens * planes, block, groups, encoded(tiles[i]), place(tiles[i]),
+                        prefetch);
+    }
+  } else {
+    const TokenTile& last = tiles[count - 1];
+    const int64_t rows = (last.first + last.tokens - tiles[0].first) * planes;
+    std::memset(out, 0, static_cast<size_t>(rows * kBlockRows) * sizeof(float));
+    typename Format::Panel panel;
+    constexpr int64_t kStep = Format::Panel::kGroups;
+    for (int64_t first = 0; first < groups; first += kStep) {
+      const int64_t piece = groups - first < kStep ? groups - first : kStep;
+      Format::expand(block, first, piece, panel);
+      for (int i = 0; i < count; ++i) {
+        dot_panel<Format>(tiles[i].tokens * planes, panel, first, piece, groups, encoded(tiles[i]),
+                          place(tiles[i]));
+      }
+    }
+    Format::finish(block, groups, out, rows);
+  }
+  if (planes == 1) return;
+  for (int i = 0; i < count; ++i) {
+    float* c = place(tiles[i]);
+    for (int32_t t = 0; t < tiles[i].tokens; ++t) {
+      for (int v = 0; v < kBlockRows; v += S::kLanes) {
+        typename S::F sum = S::load(c + t * planes * kBlockRows + v);
+        for (int p = 1; p < planes; ++p) {
+          sum = S::add(sum, S::load(c + (t * planes + p) * kBlockRows + v));
+        }
+        S::store(c + t * kBlockRows + v, sum);
+      }
+    }
   }
 }
 

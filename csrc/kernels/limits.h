@@ -19,7 +19,7 @@ static double spin_int8(int64_t iterations) {
   typename S::I acc[kChains];
   alignas(64) uint8_t bytes[64];
   for (int i = 0; i < 64; ++i) bytes[i] = static_cast<uint8_t>(129 + i);
-  const typename S::W8 w = S::weight_u8(S::load_i(bytes));
+  const typename S::I w = S::load_i(bytes);
   KT_UNROLL
   for (int i = 0; i < kChains; ++i) acc[i] = S::set1_i32(i);
   const typename S::I a = S::set1_i32(0x01020304);

@@ -21,7 +21,11 @@ static void linear(const LinearJob& job, ThreadPool& pool) {
   parallel_for(pool, ceil_div(blocks, step), [&](int64_t task, int) {
     const int64_t begin = task * step;
     const int64_t end = begin + step < blocks ? begin + step : blocks;
-    alignas(64) float c[Format::kMaxRows * kBlockRows];
+    alignas(64) float c[kProductRows * kBlockRows];
+    const auto encoded = [&](const TokenTile& tile) {
+      return tile.tokens == 1 ? job.tokens_encoded + tile.first * token_bytes
+                              : job.tiles_encoded + tile.first * token_bytes;
+    };
     for (int64_t b = begin; b < end; ++b) {
       const int64_t left = job.rows - b * kBlockRows;
       const int64_t count = left < kBlockRows ? left : kBlockRows;
@@ -30,19 +34,22 @@ static void linear(const LinearJob& job, ThreadPool& pool) {
       if (job.bias != nullptr) {
         Rows32<S>::load({job.bias, 0, DType::f32}, 0, b * kBlockRows, count, bias);
       }
-      for (int64_t i = 0; i < job.tile_count; ++i) {
-        const TokenTile& tile = job.tiles[i];
-        const uint8_t* x = tile.tokens == 1 ? job.tokens_encoded + tile.first * token_bytes
-                                            : job.tiles_encoded + tile.first * token_bytes;
-        dot_block<Format>(tile.tokens * job.planes, job.weight + b * block, groups, x, c,
-                          job.prefetch_bytes);
-        sum_planes<S>(c, tile.tokens, job.planes);
-        for (int32_t t = 0; t < tile.tokens; ++t) {
-          typename S::F v[Rows32<S>::kVectors];
-          for (int k = 0; k < Rows32<S>::kVectors; ++k) {
-            v[k] = S::add(S::load(c + t * kBlockRows + k * S::kLanes), bias[k]);
+      for (int64_t first = 0; first < job.tile_count; first += tiles_at_once<Format>()) {
+        const TokenTile* tiles = job.tiles + first;
+        const int64_t rest = job.tile_count - first;
+        const int n = static_cast<int>(rest < tiles_at_once<Format>() ? rest
+                                                                      : tiles_at_once<Format>());
+        multiply<S, Format>(job.weight + b * block, groups, tiles, n, job.planes, encoded, c,
+                            job.prefetch_bytes);
+        for (int i = 0; i < n; ++i) {
+          const float* from = c + (tiles[i].first - tiles[0].first) * job.planes * kBlockRows;
+          for (int32_t t = 0; t < tiles[i].tokens; ++t, from += kBlockRows) {
+            typename S::F v[Rows32<S>::kVectors];
+            for (int k = 0; k < Rows32<S>::kVectors; ++k) {
+              v[k] = S::add(S::load(from + k * S::kLanes), bias[k]);
+            }
+            Rows32<S>::store(job.out, tiles[i].first + t, b * kBlockRows, count, v);
           }
-          Rows32<S>::store(job.out, tile.first + t, b * kBlockRows, count, v);
         }
       }
     }

@@ -8,6 +8,15 @@
 
 namespace ktcore::KTCORE_ISA {
 
+// Calls f(tiles, count) for an expert's tiles, tiles_at_once() at a time.
+template <class Format, class F>
+static KT_INLINE void for_tiles(const MoeJob& job, const ActiveExpert& expert, F&& f) {
+  for (int32_t i = expert.tile_begin; i < expert.tile_end; i += tiles_at_once<Format>()) {
+    const int32_t left = expert.tile_end - i;
+    f(job.tiles + i, left < tiles_at_once<Format>() ? left : tiles_at_once<Format>());
+  }
+}
+
 template <class S, class Format>
 static void moe(const MoeJob& job, ThreadPool& pool) {
   using Codec = typename Format::Codec;
@@ -34,36 +43,38 @@ static void moe(const MoeJob& job, ThreadPool& pool) {
     const ActiveExpert& expert = job.expert[task / up_tasks];
     const int64_t begin = task % up_tasks * up_step;
     const int64_t end = begin + up_step < mid_blocks ? begin + up_step : mid_blocks;
-    alignas(64) float gate[Format::kMaxRows * kBlockRows];
-    alignas(64) float up[Format::kMaxRows * kBlockRows];
+    alignas(64) float gate[kProductRows * kBlockRows];
+    alignas(64) float up[kProductRows * kBlockRows];
+    const auto encoded = [&](const TokenTile& tile) {
+      return tile.tokens == 1 ? job.tokens_encoded + job.pair_token[tile.first] * in_token_bytes
+                              : job.in_encoded + tile.first * in_token_bytes;
+    };
     for (int64_t b = begin; b < end; ++b) {
       const uint8_t* weights = expert.gate_up + b * 2 * in_block;
-      for (int32_t i = expert.tile_begin; i < expert.tile_end; ++i) {
-        const TokenTile& tile = job.tiles[i];
-        const uint8_t* x = tile.tokens == 1
-                               ? job.tokens_encoded + job.pair_token[tile.first] * in_token_bytes
-                               : job.in_encoded + tile.first * in_token_bytes;
-        const int rows = tile.tokens * planes;
-        dot_block<Format>(rows, weights, hidden_groups, x, gate, job.prefetch_bytes);
-        dot_block<Format>(rows, weights + in_block, hidden_groups, x, up, job.prefetch_bytes);
-        sum_planes<S>(gate, tile.tokens, planes);
-        sum_planes<S>(up, tile.tokens, planes);
-        for (int32_t t = 0; t < tile.tokens; ++t) {
-          typename S::F h[Rows32<S>::kVectors];
-          for (int v = 0; v < Rows32<S>::kVectors; ++v) {
-            const int64_t at = t * kBlockRows + v * S::kLanes;
-            h[v] = S::mul(activate<S>(job.activation, S::load(gate + at)), S::load(up + at));
+      for_tiles<Format>(job, expert, [&](const TokenTile* tiles, int count) {
+        multiply<S, Format>(weights, hidden_groups, tiles, count, planes, encoded, gate,
+                            job.prefetch_bytes);
+        multiply<S, Format>(weights + in_block, hidden_groups, tiles, count, planes, encoded, up,
+                            job.prefetch_bytes);
+        for (int i = 0; i < count; ++i) {
+          const int64_t place = (tiles[i].first - tiles[0].first) * planes * kBlockRows;
+          uint8_t* mid = job.mid_encoded + tiles[i].first * mid_token_bytes;
+          for (int32_t t = 0; t < tiles[i].tokens; ++t) {
+            typename S::F h[Rows32<S>::kVectors];
+            for (int v = 0; v < Rows32<S>::kVectors; ++v) {
+              const int64_t at = place + t * kBlockRows + v * S::kLanes;
+              h[v] = S::mul(activate<S>(job.activation, S::load(gate + at)), S::load(up + at));
+            }
+            Codec::encode(h, planes, mid, tiles[i].tokens * planes, t * planes, b, mid_groups);
           }
-          Codec::encode(h, planes, job.mid_encoded + tile.first * mid_token_bytes, rows,
-                        t * planes, b, mid_groups);
         }
-      }
+      });
     }
   });
 
   const int64_t out_blocks = hidden_groups;
   // With many tokens, wide ranges: each range reads all encoded intermediate activations once.
-  int64_t down_step = blocks_per_task(mid_block * job.experts);
+  int64_t down_step = blocks_per_task(mid_block * (job.experts > 0 ? job.experts : 1));
   const int64_t wide = out_blocks / (4 * pool.size()) < 8 ? out_blocks / (4 * pool.size()) : 8;
   if (job.pairs > 8 * job.experts && down_step < wide) down_step = wide;
   parallel_for(pool, ceil_div(out_blocks, down_step), [&](int64_t task, int) {
@@ -71,30 +82,33 @@ static void moe(const MoeJob& job, ThreadPool& pool) {
     const int64_t end = begin + down_step < out_blocks ? begin + down_step : out_blocks;
     const int64_t width = (end - begin) * kBlockRows;
     const int64_t sum_stride = out_blocks * kBlockRows;
-    alignas(64) float c[Format::kMaxRows * kBlockRows];
+    alignas(64) float c[kProductRows * kBlockRows];
+    const auto encoded = [&](const TokenTile& tile) {
+      return job.mid_encoded + tile.first * mid_token_bytes;
+    };
     float* sum = job.sum + begin * kBlockRows;
     for (int64_t t = 0; t < job.tokens; ++t) {
       std::memset(sum + t * sum_stride, 0, static_cast<size_t>(width) * sizeof(float));
     }
     for (int64_t e = 0; e < job.experts; ++e) {
       const ActiveExpert& expert = job.expert[e];
-      for (int32_t i = expert.tile_begin; i < expert.tile_end; ++i) {
-        const TokenTile& tile = job.tiles[i];
-        const uint8_t* h = job.mid_encoded + tile.first * mid_token_bytes;
+      for_tiles<Format>(job, expert, [&](const TokenTile* tiles, int count) {
         for (int64_t b = begin; b < end; ++b) {
-          dot_block<Format>(tile.tokens * planes, expert.down + b * mid_block, mid_groups, h, c,
-                            job.prefetch_bytes);
-          sum_planes<S>(c, tile.tokens, planes);
-          for (int32_t t = 0; t < tile.tokens; ++t) {
-            const int32_t pair = tile.first + t;
-            const typename S::F weight = S::set1(job.pair_weight[pair]);
-            float* to = sum + job.pair_token[pair] * sum_stride + (b - begin) * kBlockRows;
-            for (int v = 0; v < kBlockRows; v += S::kLanes) {
-              S::store(to + v, S::fma(S::load(c + t * kBlockRows + v), weight, S::load(to + v)));
+          multiply<S, Format>(expert.down + b * mid_block, mid_groups, tiles, count, planes, encoded,
+                              c, job.prefetch_bytes);
+          for (int i = 0; i < count; ++i) {
+            const float* from = c + (tiles[i].first - tiles[0].first) * planes * kBlockRows;
+            for (int32_t t = 0; t < tiles[i].tokens; ++t, from += kBlockRows) {
+              const int32_t pair = tiles[i].first + t;
+              const typename S::F weight = S::set1(job.pair_weight[pair]);
+              float* to = sum + job.pair_token[pair] * sum_stride + (b - begin) * kBlockRows;
+              for (int v = 0; v < kBlockRows; v += S::kLanes) {
+                S::store(to + v, S::fma(S::load(from + v), weight, S::load(to + v)));
+              }
             }
           }
         }
-      }
+      });
     }
     for (int64_t t = 0; t < job.tokens; ++t) {
       for (int64_t b = begin; b < end; ++b) {
