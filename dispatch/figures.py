@@ -18,6 +18,8 @@ from pathlib import Path
 from ktcore import _native
 from ktcore.dispatch.machine import Machine
 
+KINDS = ("int8", "bf16", "f32")  # of dot products
+
 # Of a modest core: only the ratios matter, to rank backends until the machine is measured.
 ESTIMATED_READ = 12.0
 ESTIMATED_PEAK = {
@@ -58,18 +60,28 @@ def processor_key(machine: Machine) -> str:
     return f"{cpu_brand()} | {machine.cpu.logical_cores} CPUs | {' '.join(usable)}"
 
 
-def _path() -> Path:
+def path() -> Path:
+    """The file that keeps the figures."""
     return cache_folder() / "figures.json"
 
 
 def load(machine: Machine) -> Figures | None:
     """The figures measured on this processor, None if there are none."""
     try:
-        stored = json.loads(_path().read_text())
+        stored = json.loads(path().read_text())
         figures = Figures(**stored)
-    except (OSError, ValueError, TypeError):
+        _check(figures)
+    except (OSError, ValueError, TypeError, AttributeError):  # none, or a damaged file
         return None
     return figures if figures.cpu == processor_key(machine) else None
+
+
+def _check(figures: Figures) -> None:
+    """Raises if a stored file does not hold what `measure` stores."""
+    tables = [figures.read_gbps, *(t for k in figures.peak_gops.values() for t in k.values())]
+    for table in tables:
+        if not table or any(int(n) < 1 or not value > 0 for n, value in table.items()):
+            raise ValueError("expected a positive figure per thread count")
 
 
 def load_cached(machine: Machine) -> Figures | None:
@@ -83,31 +95,45 @@ def load_cached(machine: Machine) -> Figures | None:
 _loaded: tuple[Machine, Figures | None] | None = None
 
 
-def measure(machine: Machine, progress: Callable[[str], None] | None = None) -> Figures:
+def measure(machine: Machine, progress: Callable[[str, int, int], None] | None = None) -> Figures:
     """Measure and store the limits for 1 to all threads. Takes some seconds.
 
-    Raises RuntimeError without the native extension.
+    `progress` is told what is measured next, how many measurements are done, and of how many.
+
+    Raises:
+        RuntimeError: there is no native extension.
+        OSError: the cache folder cannot be written to.
     """
     if _native.ext is None:
         raise RuntimeError(f"cannot measure: {_native.why}")
+    path().parent.mkdir(parents=True, exist_ok=True)  # fail before the work, not after it
     most = _native.available_threads()
     counts = sorted({1, *(1 << i for i in range(1, 11) if 1 << i < most), most})
     read: dict[str, float] = {}
     peak: dict[str, dict[str, dict[str, float]]] = {}
-    for threads in counts:
+    isas = [
+        isa["name"]
+        for isa in _native.ext.isas()
+        if isa["supported"] and not machine.cpu.missing(*isa["requires"])
+    ]
+    # Far beyond any last-level cache, or a benchmark would measure that.
+    size = min(1 << 30, max(1 << 28, machine.memory.available_bytes // 4))
+    done, total = 0, len(counts) * (1 + len(isas) * len(KINDS))
+
+    def step(what: str, threads: int) -> None:
+        nonlocal done
         if progress:
-            progress(f"read bandwidth, {threads} thread(s)")
-        # Far beyond any last-level cache, or a benchmark would measure that.
-        size = min(1 << 30, max(1 << 28, machine.memory.available_bytes // 4))
+            progress(f"{what}, {threads} thread{'s' * (threads > 1)}", done, total)
+        done += 1
+
+    for threads in counts:
+        step("read bandwidth", threads)
         read[str(threads)] = _native.ext.measure_read_bandwidth(threads, size)
-        for isa in _native.ext.isas():
-            if not isa["supported"] or machine.cpu.missing(*isa["requires"]):
-                continue
-            for kind in ("int8", "bf16", "f32"):
-                if progress:
-                    progress(f"{isa['name']} {kind} dot products, {threads} thread(s)")
-                value = _native.ext.measure_dot_peak(isa["name"], kind, threads)
-                peak.setdefault(isa["name"], {}).setdefault(kind, {})[str(threads)] = value
+        for isa in isas:
+            for kind in KINDS:
+                step(f"{isa} {kind} dot products", threads)
+                value = _native.ext.measure_dot_peak(isa, kind, threads)
+                peak.setdefault(isa, {}).setdefault(kind, {})[str(threads)] = value
     figures = Figures(
         processor_key(machine), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), read, peak
     )
@@ -118,13 +144,13 @@ def measure(machine: Machine, progress: Callable[[str], None] | None = None) -> 
 
 
 def _store(figures: Figures) -> None:
-    path = _path()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix="figures.", suffix=".tmp")
+    target = path()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix="figures.", suffix=".tmp")
     try:
         with os.fdopen(handle, "w") as file:
             json.dump(asdict(figures), file, indent=1)
-        os.replace(name, path)
+        os.replace(name, target)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise

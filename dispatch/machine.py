@@ -54,12 +54,12 @@ class Cpu:
         out = []
         for name in names:
             feature = self.features.get(name)
-            if name in self.disabled:
-                out.append(f"{name} (disabled on request)")
-            elif feature is None or not feature.cpu:
+            if feature is None or not feature.cpu:
                 out.append(name)
             elif not feature.os:
                 out.append(f"{name} (not enabled by the operating system)")
+            elif name in self.disabled:
+                out.append(f"{name} (disabled on request)")
         return out
 
 

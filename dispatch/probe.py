@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ktcore import _cgroup, _native
 from ktcore._cgroup import read as _read
+from ktcore._settings import SettingError
 from ktcore.dispatch.machine import Cache, Cpu, Device, Feature, Machine, Memory, NumaNode
 
 SYS = Path("/sys")
@@ -23,9 +24,11 @@ PROC = Path("/proc")
 
 # The order in which reports list them; also what the extension reports.
 FEATURES = (
-    "sse4_2 avx avx2 fma f16c avx_vnni avx512f avx512bw avx512dq avx512vl avx512_vnni avx512_bf16 "
-    "avx512_vbmi avx512_fp16 amx_tile amx_int8 amx_bf16 amx_fp16"
-).split()
+    *("sse4_2", "avx", "avx2", "fma", "f16c", "avx_vnni"),
+    *("avx512f", "avx512bw", "avx512dq", "avx512vl"),
+    *("avx512_vnni", "avx512_bf16", "avx512_vbmi", "avx512_fp16"),
+    *("amx_tile", "amx_int8", "amx_bf16", "amx_fp16"),
+)
 
 _override: list[Machine] = []
 
@@ -50,12 +53,12 @@ def override(
     if unknown:
         raise ValueError(f"disable: unknown CPU feature {unknown[0]!r}; known: {FEATURES}")
     _override.append((replacement or machine()).without(*disable))
-    registry.forget_choices()
+    registry.forget_machine()
     try:
         yield _override[-1]
     finally:
         _override.pop()
-        registry.forget_choices()
+        registry.forget_machine()
 
 
 @functools.lru_cache(maxsize=1)
@@ -71,7 +74,7 @@ def _probed() -> Machine:
     hidden = [n.strip() for n in os.environ.get("KTCORE_CPU_DISABLE", "").split(",") if n.strip()]
     for name in hidden:
         if name not in FEATURES:
-            raise ValueError(
+            raise SettingError(
                 f"KTCORE_CPU_DISABLE: unknown CPU feature {name!r}; known: {' '.join(FEATURES)}"
             )
     return found.without(*hidden)
@@ -79,8 +82,11 @@ def _probed() -> Machine:
 
 @functools.lru_cache(maxsize=1)
 def cpu_brand() -> str:
-    """The processor's name for people. Slow (py-cpuinfo measures), so only reports ask."""
-    with contextlib.suppress(Exception):
+    """The processor's name for people."""
+    for line in (_read(PROC / "cpuinfo") or "").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    with contextlib.suppress(Exception):  # slow: it starts processes
         import cpuinfo
 
         return cpuinfo.get_cpu_info().get("brand_raw") or platform.processor() or "unknown"
@@ -88,7 +94,7 @@ def cpu_brand() -> str:
 
 
 def _cpu_list(text: str) -> tuple[int, ...]:
-    """"0-3,8" as (0, 1, 2, 3, 8)."""
+    """`0-3,8` as (0, 1, 2, 3, 8)."""
     out: list[int] = []
     for part in filter(None, text.split(",")):
         first, _, last = part.partition("-")
@@ -97,7 +103,7 @@ def _cpu_list(text: str) -> tuple[int, ...]:
 
 
 def _bytes(text: str) -> int:
-    """"32K" as 32768."""
+    """`32K` as 32768."""
     unit = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1:].upper())
     return int(text[:-1]) * unit if unit else int(text)
 
@@ -283,7 +289,7 @@ def _devices() -> tuple[list[Device], dict[str, str]]:
         except Exception as error:  # a broken driver must not break the probe
             found = f"probing failed: {type(error).__name__}: {error}"
         if isinstance(found, str):
-            absent[kind] = found.splitlines()[0]
+            absent[kind] = " ".join(found.split())
         else:
             devices.extend(found)
     return devices, absent

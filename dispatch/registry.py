@@ -15,10 +15,13 @@ import functools
 import importlib
 import os
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+import threading
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 
+from ktcore._settings import SettingError
 from ktcore.dispatch import probe
 from ktcore.dispatch.machine import Machine
 
@@ -112,10 +115,16 @@ class Explanation:
     chosen: str | None
     candidates: tuple[Candidate, ...]
 
+    @property
+    def judged_tokens(self) -> int:
+        """The size class of the request, which all calls in it are chosen and estimated by."""
+        return _bucket(self.request.tokens)
+
     def to_dict(self) -> dict:
         names = Request.__dataclass_fields__
         return {
             "request": {n: getattr(self.request, n) for n in names},
+            "judged_tokens": self.judged_tokens,
             "chosen": self.chosen,
             "candidates": [
                 {
@@ -132,6 +141,8 @@ class Explanation:
     def __str__(self) -> str:
         r = self.request
         what = f"{r.op}" + (f" {r.format}" if r.format else "") + f", {r.tokens} token(s)"
+        if self.judged_tokens != r.tokens:
+            what += f" (judged as {self.judged_tokens})"
         lines = [f"{what}: {self.chosen or 'nothing can serve this'}"]
         for c in self.candidates:
             name = f"{c.backend} ({c.detail})" if c.detail else c.backend
@@ -189,15 +200,19 @@ def import_failures() -> dict[str, str]:
     return dict(_discovered()[1])
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _implementations(name: str) -> tuple[Implementation, ...] | str:
     try:
-        return tuple(backends()[name].implementations())
+        found = tuple(backends()[name].implementations())
     except Exception as error:
         return f"import failed: {type(error).__name__}: {error}"
+    for item in found:
+        if not isinstance(item, Implementation):
+            return f"implementations() gave a {type(item).__name__}, not an Implementation"
+    return found
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _self_check_failure(name: str) -> str | None:
     check = backends()[name].self_check
     if check is None:
@@ -213,13 +228,30 @@ def why_not(name: str) -> str | None:
     """Why a backend cannot run on this machine; None if it can."""
     if name not in backends():
         return import_failures().get(name, "there is no such backend")
-    missing = backends()[name].missing(probe.machine())
+    machine = probe.machine()
+    try:
+        missing = backends()[name].missing(machine)
+    except Exception as error:
+        return f"looking at the machine failed: {type(error).__name__}: {error}"
     if missing:
         return "this machine lacks " + ", ".join(missing)
     implementations = _implementations(name)
     if isinstance(implementations, str):
         return implementations
     return _self_check_failure(name)
+
+
+def rediscover() -> None:
+    """Look for backends afresh: a package came or went, or something was repaired."""
+    _discovered.cache_clear()
+    _implementations.cache_clear()
+    forget_machine()
+
+
+def forget_machine() -> None:
+    """What was found out about backends on a machine no longer holds: it is another one now."""
+    _self_check_failure.cache_clear()
+    forget_choices()
 
 
 def implementations(name: str) -> tuple[Implementation, ...]:
@@ -232,21 +264,28 @@ def implementations(name: str) -> tuple[Implementation, ...]:
 
 # ---------------------------------------------------------------------------------------- forcing
 
-# Within a `use` block; the process-wide setting is the variable's default.
+# Within a `use` block; where there is none, the last of the process-wide settings holds.
 _forced: contextvars.ContextVar[Mapping[str, str] | None] = contextvars.ContextVar(
     "ktcore_forced", default=None
 )
-_process_forced: dict[str, str] = {}
+# The settings for the process, each with the `use` that made it: one that is entered as a block is
+# taken out again, whatever other threads have set meanwhile. Replaced, never changed.
+_settings: tuple[tuple[weakref.ref[use], Mapping[str, str]], ...] = ()
+_settings_lock = threading.Lock()
 
 
 def _parse(text: str, source: str) -> dict[str, str]:
-    """"avx2" or "avx512,route=reference" as {operator or "*": backend}."""
+    """`avx2` or `avx512,route=reference` as {operator or "*": backend}."""
     out = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
         op, equals, backend = part.rpartition("=")
         op = op.strip() if equals else "*"
         if op != "*" and op not in OPS:
-            raise ValueError(f"{source}: unknown operator {op!r}; expected one of {', '.join(OPS)}")
+            raise SettingError(
+                f"{source}: unknown operator {op!r}; expected one of {', '.join(OPS)}"
+            )
+        if not backend.strip():
+            raise SettingError(f"{source}: expected BACKEND or OPERATOR=BACKEND, got {part!r}")
         out[op] = backend.strip()
     return out
 
@@ -256,11 +295,22 @@ def _environment() -> dict[str, str]:
     return _parse(text, "KTCORE_BACKEND") if text else {}
 
 
-def forced_backend(op: str) -> str | None:
-    """The backend that `use` or KTCORE_BACKEND demands for an operator."""
-    for setting in (_forced.get(), _process_forced, _environment()):
-        if setting and (name := setting.get(op) or setting.get("*")):
-            return name
+def _used() -> Mapping[str, str]:
+    """What `use` holds here, as {operator or "*": backend}."""
+    block, settings = _forced.get(), _settings
+    if block is not None:
+        return block
+    return settings[-1][1] if settings else {}
+
+
+def forced_backend(op: str) -> tuple[str, str] | None:
+    """The backend demanded for an operator, and what demands it: "use" or "KTCORE_BACKEND".
+
+    Raises SettingError if the variable is malformed.
+    """
+    for source, setting in (("use", _used()), ("KTCORE_BACKEND", _environment())):
+        if name := setting.get(op) or setting.get("*"):
+            return name, source
     return None
 
 
@@ -278,7 +328,9 @@ class use(contextlib.AbstractContextManager):
     """Force a backend, for the process or for a block.
 
     ``ktcore.use("avx2")`` holds until the next call, ``with ktcore.use("avx2"):`` for the block (of
-    this thread or task); ``use(moe="reference")`` for one operator; ``use()`` lifts what was forced.
+    this thread or task); ``use(moe="reference")`` for one operator; ``use()`` lifts what was
+    forced. It goes before the variable KTCORE_BACKEND. In a block within a block, one operator's
+    backend adds to what holds outside; a backend for all, or none, replaces it.
 
     Raises:
         BackendUnavailable: it does not exist or cannot run here; the message says what is missing.
@@ -293,21 +345,26 @@ class use(contextlib.AbstractContextManager):
         for name in wanted.values():
             _demand(name, "use")
         self._wanted = wanted
-        self._before = dict(_process_forced)
-        _process_forced.clear()
-        _process_forced.update(wanted)
+        self._tokens: list[contextvars.Token] = []
+        global _settings
+        with _settings_lock:
+            # A setting whose `use` is gone can no longer become a block: it hides all before it.
+            gone = [i for i, (made_by, _) in enumerate(_settings) if made_by() is None]
+            _settings = (*_settings[gone[-1] if gone else 0 :], (weakref.ref(self), wanted))
         forget_choices()
 
     def __enter__(self) -> use:
         # A block is this thread's own: hand the process back what it had.
-        _process_forced.clear()
-        _process_forced.update(self._before)
-        self._token = _forced.set({**(_forced.get() or {}), **self._wanted})
+        global _settings
+        with _settings_lock:
+            _settings = tuple(s for s in _settings if s[0]() is not self)
+        adds = self._wanted and "*" not in self._wanted
+        self._tokens.append(_forced.set({**(_used() if adds else {}), **self._wanted}))
         forget_choices()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        _forced.reset(self._token)
+        _forced.reset(self._tokens.pop())
         forget_choices()
 
 
@@ -343,7 +400,7 @@ def select(request: Request) -> Implementation:
         request.dtype,
         request.device,
         request.exact,
-        _forced.get() and tuple(_forced.get().items()),
+        tuple(_used().items()),
     )
     chosen = _choices.get(key)
     if chosen is None:
@@ -353,16 +410,37 @@ def select(request: Request) -> Implementation:
 
 
 def _choose(request: Request) -> Implementation:
-    forced = forced_backend(request.op)
-    if forced is not None:
-        _demand(forced, f"{request.op}: KTCORE_BACKEND or use()")
-    candidates = _candidates(request, forced)
+    candidates = _candidates(request, _demanded(request.op))
     if candidates and candidates[0].accepted:
         assert candidates[0].implementation is not None
         return candidates[0].implementation
     reasons = "; ".join(f"{c.backend}: {c.reason}" for c in candidates)
     what = f"{request.op}" + (f" in {request.format}" if request.format else "")
     raise BackendUnavailable(f"no backend serves {what} on {request.device}: {reasons}")
+
+
+def _demanded(op: str) -> str | None:
+    """The backend forced for an operator. Raises BackendUnavailable if it cannot run."""
+    forced = forced_backend(op)
+    if forced is None:
+        return None
+    name, source = forced
+    _demand(name, f"{source} for {op}")
+    return name
+
+
+def _judge(
+    i: Implementation, request: Request, machine: Machine
+) -> tuple[str | None, float | None, str]:
+    """Why an implementation cannot serve a request (None if it can), its cost, its variant."""
+    try:
+        detail = i.detail(machine)
+        if i.formats and request.format not in i.formats:
+            return f"does not take {request.format}; takes {', '.join(i.formats)}", None, detail
+        reason = i.supports(request, machine)
+        return reason, None if reason else i.cost(request, machine), detail
+    except Exception as error:  # a broken backend must not take the others down
+        return f"cannot judge the request: {type(error).__name__}: {error}", None, ""
 
 
 def _candidates(request: Request, forced: str | None) -> list[Candidate]:
@@ -379,12 +457,7 @@ def _candidates(request: Request, forced: str | None) -> list[Candidate]:
         if not mine:
             out.append(Candidate(name, False, f"does not implement {request.op}"))
         for i in mine:
-            cost, detail = None, i.detail(machine)
-            if i.formats and request.format not in i.formats:
-                reason = f"does not take {request.format}; takes {', '.join(i.formats)}"
-            else:
-                reason = i.supports(request, machine)
-                cost = i.cost(request, machine) if reason is None else None
+            reason, cost, detail = _judge(i, request, machine)
             if reason is None and forced is not None and forced != name:
                 out.append(Candidate(name, False, f"{forced} is forced", cost, detail))
             elif reason is None:
@@ -404,7 +477,9 @@ def _candidates(request: Request, forced: str | None) -> list[Candidate]:
     return out
 
 
-def explain(op: str, *, format: str | None = None, tokens: int = 1, **fields: object) -> Explanation:
+def explain(
+    op: str, *, format: str | None = None, tokens: int = 1, **fields: object
+) -> Explanation:
     """Why an operator call would go where it goes.
 
     Args:
@@ -427,9 +502,8 @@ def explain(op: str, *, format: str | None = None, tokens: int = 1, **fields: ob
     elif op != "route":
         format = "bf16"
     request = Request(op=op, format=None if op == "route" else format, tokens=tokens, **fields)
-    forced = forced_backend(op)
-    if forced is not None:
-        _demand(forced, f"{op}: KTCORE_BACKEND or use()")
-    candidates = tuple(_candidates(request, forced))
+    # As `select` judges it: by size class.
+    judged = replace(request, tokens=_bucket(tokens))
+    candidates = tuple(_candidates(judged, _demanded(op)))
     chosen = candidates[0].backend if candidates and candidates[0].accepted else None
     return Explanation(request, chosen, candidates)

@@ -11,6 +11,7 @@ import warnings
 from types import ModuleType
 
 from ktcore import _cgroup
+from ktcore._settings import SettingError
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -59,7 +60,7 @@ def _default_threads() -> int:
     except ValueError:
         threads = 0
     if threads < 1:
-        raise ValueError(f"KTCORE_NUM_THREADS: expected an integer of at least 1, got {text!r}")
+        raise SettingError(f"KTCORE_NUM_THREADS: expected an integer of at least 1, got {text!r}")
     return threads
 
 

@@ -51,24 +51,30 @@ def _application() -> Any:
 
 def _run(arguments: list[str]) -> int:
     """Exit status: 0 done, 1 the work failed, 2 the command line was wrong."""
+    from ktcore._settings import SettingError
+
     try:
+        import typer
+
         app = _application()
+        from ktcore.cli._errors import USER_ERRORS
     except ImportError as error:
         print(f"error: {MISSING.format(error=error)}", file=sys.stderr)
         return 1
-    from ktcore.cli._errors import USER_ERRORS
+    except SettingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    # typer brings its own click or uses the installed one, by version: this is whichever it uses.
+    ClickException = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
     try:
         # Outside standalone mode typer returns what `typer.Exit` carries.
-        import typer
-        from click.exceptions import Abort, ClickException
-
         result = typer.main.get_command(app).main(arguments, "ktcore", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except ClickException as error:
         error.show()
         return error.exit_code
-    except (Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from ktcore._settings import SettingError
 from ktcore.dispatch import BackendUnavailable
 from ktcore.weights import CheckpointError
 
-USER_ERRORS: tuple[type[Exception], ...] = (BackendUnavailable, CheckpointError)
+USER_ERRORS: tuple[type[Exception], ...] = (BackendUnavailable, CheckpointError, SettingError)

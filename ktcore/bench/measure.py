@@ -1,0 +1,488 @@
+"""Running cells (backend, format, tokens) in interleaved rounds, beside the machine's limits.
+
+Machines are shared and their speed drifts. So every round measures every cell and every limit once,
+in shuffled order, and a cell is compared with the limits of the same round.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from ktcore import _native
+from ktcore.bench.plan import Plan, Storage, layer_bytes, make_plan, rotation_bytes
+from ktcore.bench.presets import Shape
+from ktcore.bench.workload import Call, Weights, Workload, make_workload
+from ktcore.dispatch import probe, registry
+from ktcore.formats import get_format
+
+OPS = ("moe", "linear")
+TORCH = "torch"  # the baseline: plain PyTorch in bf16, not a backend
+BASELINE_FORMAT = "bf16"
+ROUNDS = 5
+MAX_CALLS = 1000  # of a cell in a round
+# A cell whose call is estimated to take this many times a cell's seconds is not even tried.
+HOPELESS = 2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure.
+
+    Attributes:
+        backends: names; empty for every backend that can run here.
+        seconds: time that a cell may take, over all rounds.
+        skew: exponent of the Zipf distribution of routing, 0 for even routing.
+        experts: how many experts to materialise; None for all, or as many as fit.
+        compare_torch: measure plain PyTorch as well.
+    """
+
+    shape: Shape
+    op: str = "moe"
+    backends: tuple[str, ...] = ()
+    formats: tuple[str, ...] = ("bf16", "int8", "int4_g32")
+    tokens: tuple[int, ...] = (1, 16, 512)
+    threads: int = 1
+    seconds: float = 2.0
+    seed: int = 0
+    skew: float = 0.0
+    experts: int | None = None
+    compare_torch: bool = False
+
+
+@dataclass(frozen=True)
+class Round:
+    """A cell in one round: milliseconds (median) and work (mean) of a call, and the limits then."""
+
+    number: int
+    calls: int
+    ms: float
+    nbytes: float
+    operations: float
+    read_gbps: float | None = None
+    peak_gops: float | None = None
+
+    @property
+    def gbps(self) -> float:
+        return self.nbytes / self.ms / 1e6
+
+    @property
+    def gops(self) -> float:
+        return self.operations / self.ms / 1e6
+
+    @property
+    def read_fraction(self) -> float | None:
+        return self.gbps / self.read_gbps if self.read_gbps else None
+
+    @property
+    def peak_fraction(self) -> float | None:
+        return self.gops / self.peak_gops if self.peak_gops else None
+
+
+@dataclass
+class Cell:
+    """One combination.
+
+    Attributes:
+        isa: instruction set whose dot-product peak it is held against; "" if there is none.
+        kind: of dot product.
+        status: "pending", then "measured", "skipped" or "failed", the latter two with a `reason`.
+        error: relative L2 error of a few tokens of a call against float64 arithmetic.
+        wrong: what the check found wrong; empty if nothing.
+        seconds: of a call, as known so far.
+    """
+
+    backend: str
+    format: str
+    tokens: int
+    isa: str
+    kind: str
+    status: str = "pending"
+    reason: str = ""
+    error: float | None = None
+    wrong: str = ""
+    seconds: float = 0.0
+    rounds: list[Round] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"{self.backend} {self.format}, {self.tokens} token{'s' * (self.tokens > 1)}"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the machine reached in one round."""
+
+    read_gbps: float | None
+    dot_gops: dict[tuple[str, str], float]  # by instruction set and kind
+
+
+Progress = Callable[[str, int, int], None]
+
+
+@contextlib.contextmanager
+def use_threads(threads: int) -> Iterator[None]:
+    """Within the block, both ktcore and torch compute with this many threads."""
+    before = _native.get_num_threads(), torch.get_num_threads()
+    try:
+        _native.set_num_threads(threads)
+        torch.set_num_threads(threads)
+        yield
+    finally:
+        _native.set_num_threads(before[0])
+        torch.set_num_threads(before[1])
+
+
+def best_isa() -> str:
+    """The most capable instruction set of the extension that this machine runs; "" for none."""
+    machine = probe.machine()
+    usable = [
+        isa["name"]
+        for isa in (_native.ext.isas() if _native.ext is not None else ())
+        if isa["supported"] and not machine.cpu.missing(*isa["requires"])
+    ]
+    return usable[-1] if usable else ""
+
+
+class Bench:
+    """A benchmark: made, then `run` once.
+
+    Attributes:
+        settings: with names made canonical and `backends` filled in.
+        cells: every combination, whatever becomes of it.
+        plan: what is materialised; None before `run`.
+        limits: per round.
+        notes: what a reader of the numbers must know.
+        passed_over: backends that cannot run here, with the reason.
+        load_average: of the last minute before, None where the system does not tell.
+
+    Raises:
+        BackendUnavailable: a backend that was asked for cannot run here, or none can.
+        ValueError: an argument does not fit; the message names it.
+    """
+
+    def __init__(self, settings: Settings):
+        _check(settings)
+        self.passed_over: dict[str, str] = dict(registry.import_failures())
+        self.settings = replace(
+            settings,
+            formats=tuple(dict.fromkeys(get_format(f).name for f in settings.formats)),
+            tokens=tuple(dict.fromkeys(settings.tokens)),
+            backends=self._backends(settings),
+        )
+        self.notes: list[str] = []
+        self.load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+        self.plan: Plan | None = None
+        self.limits: list[Limits] = []
+        self.cells = self._cells()
+        self._workloads: dict[str, Workload] = {}
+
+    def _backends(self, settings: Settings) -> tuple[str, ...]:
+        if settings.backends:
+            for name in settings.backends:
+                with registry.use(name):  # raises for what cannot run
+                    pass
+            return tuple(dict.fromkeys(settings.backends))
+        able = []
+        for name in registry.backends():
+            reason = registry.why_not(name)
+            if reason is None and any(i.op == settings.op for i in registry.implementations(name)):
+                able.append(name)
+            else:
+                self.passed_over[name] = reason or f"does not implement {settings.op}"
+        return tuple(able)
+
+    def _cells(self) -> list[Cell]:
+        s = self.settings
+        cells = [
+            self._cell(backend, format, tokens)
+            for format in s.formats
+            for backend in s.backends
+            for tokens in s.tokens
+        ]
+        if s.compare_torch:
+            cells += [Cell(TORCH, BASELINE_FORMAT, n, best_isa(), "bf16") for n in s.tokens]
+        return cells
+
+    def _cell(self, backend: str, format: str, tokens: int) -> Cell:
+        """A cell, skipped if the backend does not serve it or would take minutes."""
+        s, machine = self.settings, probe.machine()
+        mine = [i for i in registry.implementations(backend) if i.op == s.op]
+        kind = "bf16" if get_format(format).arithmetic == "bf16" else "int8"
+        known = {isa["name"] for isa in (_native.ext.isas() if _native.ext is not None else ())}
+        detail = mine[0].detail(machine) if mine else ""
+        cell = Cell(backend, format, tokens, detail if detail in known else best_isa(), kind)
+        request = registry.Request(
+            op=s.op,
+            format=format,
+            tokens=tokens,
+            hidden_size=s.shape.hidden_size,
+            intermediate_size=s.shape.intermediate_size,
+            num_experts=s.shape.num_experts if s.op == "moe" else 0,
+            top_k=s.shape.top_k if s.op == "moe" else 0,
+        )
+        reasons, costs = [], []
+        for i in mine:
+            if i.formats and format not in i.formats:
+                reasons.append(f"does not take {format}; takes {', '.join(i.formats)}")
+            elif why := i.supports(request, machine):
+                reasons.append(why)
+            else:
+                costs.append(i.cost(request, machine))
+        if not costs:
+            _skip(cell, "; ".join(reasons) or f"does not implement {s.op}")
+        elif min(costs) > HOPELESS * s.seconds:
+            _skip(
+                cell,
+                f"one call is estimated at {min(costs):.1f} s, a cell may take {s.seconds:g} s "
+                "(--seconds)",
+            )
+        return cell
+
+    # ------------------------------------------------------------------------------------- running
+
+    def run(self, progress: Progress = lambda what, done, total: None) -> None:
+        """Measure. `progress` is told what is done next, how much is done, and of how much.
+
+        Raises:
+            DoesNotFit: the weights take more than half of the available memory.
+        """
+        with use_threads(self.settings.threads), torch.no_grad():
+            # Copying needs no second thread of torch's, and such threads wait badly for a busy CPU.
+            torch.set_num_threads(1)
+            self._prepare(progress)
+            torch.set_num_threads(self.settings.threads)
+            self._check_cells(progress)
+            self._rounds(progress)
+        self._workloads.clear()
+
+    def _active(self) -> list[Cell]:
+        return [cell for cell in self.cells if cell.status == "pending"]
+
+    def _prepare(self, progress: Progress) -> None:
+        """Make the weights of every format that a cell needs, packed for those that pack."""
+        s = self.settings
+        storage: dict[str, Storage] = {}
+        packers: dict[str, list[str]] = {}
+        for name in dict.fromkeys(cell.format for cell in self._active()):
+            users = dict.fromkeys(c.backend for c in self._active() if c.format == name)
+            trial = make_workload(s.op, s.shape, name, s.seed, s.skew)
+            storage[name], packers[name] = self._storage(trial, list(users))
+        self.plan = self._plan(storage)
+        shape = replace(s.shape, num_experts=self.plan.experts) if s.op == "moe" else s.shape
+        for done, (name, kind) in enumerate(storage.items()):
+            layers = self.plan.layers[name]
+            progress(f"making weights: {name}", done, len(storage))
+            workload = make_workload(s.op, shape, name, s.seed, s.skew)
+
+            def pack(weights: Weights, call: Call, name=name, workload=workload) -> None:
+                for backend in packers[name]:
+                    try:
+                        with registry.use(backend):
+                            workload.run(weights, call)
+                    except Exception as error:
+                        for cell in self._active():
+                            if (cell.backend, cell.format) == (backend, name):
+                                _fail(cell, error)
+
+            workload.build(layers, pack, release=not kind.stored)
+            self._workloads[name] = workload
+
+    @staticmethod
+    def _storage(workload: Workload, users: list[str]) -> tuple[Storage, list[str]]:
+        """In which forms a format's users need its weights, and which of them pack; by trying."""
+        stored, packers = False, []
+        call = workload.tiny_call()
+        for backend in users:
+            weights = workload.tiny()
+            try:
+                with registry.use(backend):
+                    workload.run(weights, call)
+                    if weights.packed:
+                        packers.append(backend)
+                    weights.release()
+                    workload.run(weights, call)
+            except Exception:  # it wants the stored form, or fails: then the real call will say how
+                stored = True
+        return Storage(stored, bool(packers)), packers
+
+    def _plan(self, storage: dict[str, Storage]) -> Plan:
+        s, machine = self.settings, probe.machine()
+        of = layer_bytes(s.op, s.shape.hidden_size, s.shape.intermediate_size)
+        experts = 1 if s.op == "linear" else s.experts or s.shape.num_experts
+        rotation = rotation_bytes(machine)
+        plan = make_plan(
+            of,
+            storage,
+            experts=experts,
+            least_experts=1 if s.op == "linear" else s.shape.top_k,
+            rotation=rotation,
+            budget=machine.memory.available_bytes // 2,
+            fixed_experts=s.experts is not None,
+        )
+        if s.op == "moe" and plan.experts < s.shape.num_experts:
+            fit = f"as many as fit in {plan.budget / 1e9:.1f} GB, half of what is available"
+            why = "as asked" if s.experts else fit
+            self.notes.append(
+                f"{plan.experts} of {s.shape.num_experts} experts are materialised, {why}: batches "
+                "touch fewer experts, and more tokens share one, than in the whole model"
+            )
+        for name, layers in plan.layers.items():
+            size = layers * plan.experts * of(name)
+            if size < rotation:
+                self.notes.append(
+                    f"{name}: calls rotate over only {size / 1e6:.0f} MB of weights "
+                    f"({rotation / 1e6:.0f} MB wanted): some may come from a cache"
+                )
+        return plan
+
+    def _check_cells(self, progress: Progress) -> None:
+        """Call every cell once on known inputs: is it right, and how long does it take?"""
+        checks = {}
+        active = self._active()
+        for done, cell in enumerate(active):
+            progress(f"checking {cell}", done, len(active))
+            workload = self._workloads[cell.format]
+            key = cell.format, cell.tokens
+            if key not in checks:
+                checks[key] = workload.check(cell.tokens)
+            check = checks[key]
+            limit = self.settings.seconds
+            try:
+                got, cell.seconds = self._timed(cell, check.call)
+                if limit < cell.seconds <= HOPELESS * limit:  # a first call may be unlucky
+                    cell.seconds = min(cell.seconds, self._timed(cell, check.call)[1])
+            except Exception as error:
+                _fail(cell, error)
+                continue
+            cell.error = check.error(got)
+            # The baseline rounds as PyTorch does: no tolerance was promised for it.
+            if cell.backend != TORCH:
+                cell.wrong = check.problem(got, workload.format.tolerance)
+            if cell.seconds > limit:
+                _skip(
+                    cell,
+                    f"one call took {cell.seconds:.1f} s, a cell may take {limit:g} s (--seconds)",
+                )
+
+    @contextlib.contextmanager
+    def _runner(self, cell: Cell) -> Iterator[Callable[[Call], torch.Tensor]]:
+        """What computes a cell's calls, its backend forced within the block."""
+        workload = self._workloads[cell.format]
+        if cell.backend == TORCH:
+            yield lambda call: workload.run_torch(workload.weights[call.layer], call)
+            return
+        with registry.use(cell.backend):
+            yield lambda call: workload.run(workload.weights[call.layer], call)
+
+    def _timed(self, cell: Cell, call: Call) -> tuple[torch.Tensor, float]:
+        with self._runner(cell) as run:
+            start = time.perf_counter()
+            result = run(call)
+            return result, time.perf_counter() - start
+
+    def _rounds(self, progress: Progress) -> None:
+        order = random.Random(self.settings.seed)
+        peaks = sorted({(c.isa, c.kind) for c in self._active() if c.isa})
+        if not peaks:
+            self.notes.append(f"no limits were measured: {_native.why or 'nothing to compare'}")
+        for number in range(ROUNDS):
+            measured: dict[object, float] = {}
+            found: dict[int, Round] = {}
+            # Everything that a round measures, in an order of its own.
+            steps: list[Cell | tuple[str, ...]] = [
+                c for c in self._active() if self._takes_part(c, number)
+            ]
+            steps += [("read",), *peaks] if peaks else []
+            order.shuffle(steps)
+            for done, step in enumerate(steps):
+                what = str(step) if isinstance(step, Cell) else f"the machine: {' '.join(step)}"
+                at = number * len(steps) + done
+                progress(f"round {number + 1}: {what}", at, ROUNDS * len(steps))
+                if isinstance(step, Cell):
+                    if (one := self._measure(step, number)) is not None:
+                        found[id(step)] = one
+                elif step == ("read",):
+                    measured[step] = self._read_bandwidth()
+                else:
+                    measured[step] = _native.ext.measure_dot_peak(*step, self.settings.threads)
+            read = measured.pop(("read",), None)
+            self.limits.append(Limits(read, dict(measured)))
+            for cell in self.cells:
+                if id(cell) in found:
+                    peak = measured.get((cell.isa, cell.kind))
+                    one = replace(found[id(cell)], read_gbps=read, peak_gops=peak)
+                    cell.rounds.append(one)
+        for cell in self._active():
+            cell.status = "measured"
+
+    def _read_bandwidth(self) -> float:
+        machine = probe.machine()
+        size = min(rotation_bytes(machine), machine.memory.available_bytes // 8)
+        return _native.ext.measure_read_bandwidth(self.settings.threads, size)
+
+    def _takes_part(self, cell: Cell, number: int) -> bool:
+        """A cell whose calls are long takes part in as many rounds as its seconds allow."""
+        rounds = max(1, min(ROUNDS, int(self.settings.seconds / cell.seconds)))
+        return (number + 1) * rounds // ROUNDS > number * rounds // ROUNDS
+
+    def _measure(self, cell: Cell, number: int) -> Round | None:
+        """A round of a cell; None if it failed."""
+        share = self.settings.seconds / ROUNDS
+        count = max(1, min(MAX_CALLS, int(share / cell.seconds)))
+        workload = self._workloads[cell.format]
+        calls = [workload.next_call(cell.tokens) for _ in range(count)]
+        times = []
+        try:
+            with self._runner(cell) as run:
+                if count > 1:  # threads awake, the choice of implementation made
+                    run(workload.next_call(cell.tokens))
+                for call in calls:
+                    start = time.perf_counter()
+                    run(call)
+                    times.append(time.perf_counter() - start)
+        except Exception as error:
+            _fail(cell, error)
+            return None
+        cell.seconds = statistics.median(times)
+        return Round(
+            number,
+            count,
+            cell.seconds * 1e3,
+            statistics.fmean(c.nbytes for c in calls),
+            statistics.fmean(c.operations for c in calls),
+        )
+
+
+def _check(s: Settings) -> None:
+    if s.op not in OPS:
+        raise ValueError(f"op: expected one of {', '.join(OPS)}, got {s.op!r}")
+    if not s.formats:
+        raise ValueError("formats: expected at least one")
+    if not s.tokens or any(n < 1 for n in s.tokens):
+        raise ValueError(f"tokens: expected counts of at least 1, got {s.tokens}")
+    if s.threads < 1:
+        raise ValueError(f"threads: expected at least 1, got {s.threads}")
+    if not 0 < s.seconds < float("inf"):
+        raise ValueError(f"seconds: expected more than 0, got {s.seconds}")
+    if not 0 <= s.skew < float("inf"):
+        raise ValueError(f"skew: expected at least 0, got {s.skew}")
+    if s.experts is not None and not s.shape.top_k <= s.experts <= s.shape.num_experts:
+        raise ValueError(
+            f"experts: expected {s.shape.top_k} (top_k) to {s.shape.num_experts} (num_experts), "
+            f"got {s.experts}"
+        )
+
+
+def _skip(cell: Cell, reason: str) -> None:
+    cell.status, cell.reason = "skipped", reason
+
+
+def _fail(cell: Cell, error: Exception) -> None:
+    cell.status, cell.reason = "failed", f"{type(error).__name__}: {error}"
