@@ -1,4 +1,7 @@
-"""x86 processors with AVX2, FMA and F16C; AVX-VNNI where present: kernels in csrc/avx2 and csrc/kernels."""
+"""x86 processors with AVX2, FMA and F16C; AVX-VNNI where present.
+
+The kernels are in csrc/avx2 and csrc/kernels.
+"""
 
 from __future__ import annotations
 

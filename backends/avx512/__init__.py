@@ -1,4 +1,7 @@
-"""x86 processors with AVX-512 (F, BW, DQ, VL); VNNI and BF16 where present: kernels in csrc/avx512 and csrc/kernels."""
+"""x86 processors with AVX-512 (F, BW, DQ, VL); VNNI and BF16 where present.
+
+The kernels are in csrc/avx512 and csrc/kernels.
+"""
 
 from __future__ import annotations
 
@@ -31,5 +34,5 @@ BACKEND = Backend(
     missing=_missing,
     implementations=_implementations,
     self_check=_self_check,
-    evidence="run on hardware",
+    evidence="run emulated",
 )

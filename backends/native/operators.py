@@ -51,15 +51,17 @@ def _kind(format: str | None) -> str:
     return "bf16" if format == "bf16" else "int8"
 
 
-def _seconds(backend: str, machine: Machine, format: str, nbytes: float, operations: float) -> float:
+def _seconds(
+    backend: str, machine: Machine, format: str, nbytes: float, operations: float
+) -> float:
     threads = _native.get_num_threads()
     known = figures.load_cached(machine)
     read = figures.read_bandwidth(known, threads) * 1e9
     isa = instruction_set(backend, machine)
     peak = figures.dot_peak(known, isa, _kind(format), threads) * 1e9
-    # Integer formats take activations as two int8 planes: twice the dot products.
-    planes = 1 if _kind(format) == "bf16" else 2
-    return CALL_SECONDS + max(nbytes / read, planes * operations / peak)
+    # Integer formats multiply 16 bits, at half the rate of bytes.
+    slowdown = 1 if _kind(format) == "bf16" else 2
+    return CALL_SECONDS + max(nbytes / read, slowdown * operations / peak)
 
 
 def _moe_cost(backend: str, request: Request, machine: Machine) -> float:

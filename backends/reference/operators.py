@@ -1,7 +1,7 @@
-"""The operators in plain torch: weights dequantised by their format's reference, float32 arithmetic.
+"""The operators in plain torch: weights dequantised by their format, float32 arithmetic.
 
-Written to be read. Formats are asked only for `dequantize` and `quantize`, so a new format works here
-at once.
+Written to be read. Formats are asked only for `dequantize` and `quantize`, so a new format works
+here at once.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from ktcore.weights import ExpertWeights, QuantTensor
 
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
-# For ranking only. Plain torch pays for each of the small operators that it is made of, and reads and
-# writes a dequantised copy of each weight that it touches.
+# For ranking only. Plain torch pays for each of the small operators that it is made of, and reads
+# and writes a dequantised copy of each weight that it touches.
 SECONDS_PER_STEP = 50e-6
 SECONDS_PER_WEIGHT = 4e-9
 SECONDS_PER_OPERATION = 4e-11
