@@ -42,6 +42,11 @@ def positive(value: object, name: str) -> None:
         raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
+def number(value: object, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+
+
 def rows_dense(value: Tensor) -> Tensor:
     """`value` with neighbouring elements of a row side by side; rows themselves may be strided."""
     # An overlapping or backwards view would be legal to read, but kernels take row strides >= 0.

@@ -8,6 +8,7 @@ from torch import Tensor
 from ktcore.dispatch.registry import Request, select
 from ktcore.formats import get_format
 from ktcore.ops import _check
+from ktcore.ops._direct import direct
 from ktcore.weights import QuantTensor
 
 
@@ -30,16 +31,12 @@ def dequantize(weight: QuantTensor, dtype: torch.dtype = torch.float32) -> Tenso
     if dtype not in _check.FLOATS:
         raise TypeError(f"dtype: expected float32, float16 or bfloat16, got {dtype}")
     weight.require_parts()
-    return torch.ops.ktcore.dequantize(
-        [weight.parts[name] for name in weight.format.part_specs(weight.shape)],
-        weight.format.name,
-        list(weight.shape),
-        dtype,
-    )
+    parts = [weight.parts[name] for name in weight.format.part_specs(weight.shape)]
+    call = _compute if direct(parts[0]) else torch.ops.ktcore.dequantize
+    return call(parts, weight.format.name, list(weight.shape), dtype)
 
 
-@torch.library.custom_op("ktcore::dequantize", mutates_args=())
-def _dequantize(parts: list[Tensor], format: str, shape: list[int], dtype: torch.dtype) -> Tensor:
+def _compute(parts: list[Tensor], format: str, shape: list[int], dtype: torch.dtype) -> Tensor:
     names = get_format(format).part_specs(tuple(shape))
     weight = QuantTensor(format, tuple(shape), dict(zip(names, parts, strict=True)))
     chosen = select(
@@ -54,6 +51,9 @@ def _dequantize(parts: list[Tensor], format: str, shape: list[int], dtype: torch
     out = chosen.run(weight, dtype)
     # A custom operator must not return its own input: bf16 dequantised to bf16 is that.
     return out.clone() if out.data_ptr() == parts[0].data_ptr() else out
+
+
+_dequantize = torch.library.custom_op("ktcore::dequantize", _compute, mutates_args=())
 
 
 @_dequantize.register_fake

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ktcore.dispatch.registry import Request, select
 from ktcore.ops import _check
+from ktcore.ops._direct import direct
 from ktcore.weights import QuantTensor
 from ktcore.weights.quant_tensor import resolve
 
@@ -45,11 +46,11 @@ def linear(
         if bias.shape[0] != weight.shape[0]:
             raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {tuple(bias.shape)}")
         _check.device(bias, "bias", weight.device, "weight")
-    return torch.ops.ktcore.linear(x, weight.handle, bias, bool(exact))
+    call = _compute if direct(x) else torch.ops.ktcore.linear
+    return call(x, weight.handle, bias, bool(exact))
 
 
-@torch.library.custom_op("ktcore::linear", mutates_args=())
-def _linear(x: Tensor, weight: int, bias: Tensor | None, exact: bool) -> Tensor:
+def _compute(x: Tensor, weight: int, bias: Tensor | None, exact: bool) -> Tensor:
     matrix = resolve(weight)
     assert isinstance(matrix, QuantTensor)
     rows = _check.rows_dense(x.detach()).reshape(-1, x.shape[-1])
@@ -67,6 +68,9 @@ def _linear(x: Tensor, weight: int, bias: Tensor | None, exact: bool) -> Tensor:
     )
     y = chosen.run(rows, matrix, None if bias is None else bias.detach(), exact=exact)
     return y.reshape(*x.shape[:-1], matrix.shape[0])
+
+
+_linear = torch.library.custom_op("ktcore::linear", _compute, mutates_args=())
 
 
 @_linear.register_fake

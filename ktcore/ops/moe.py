@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ktcore.dispatch.registry import Request, select
 from ktcore.ops import _check
+from ktcore.ops._direct import direct
 from ktcore.weights import ExpertWeights
 from ktcore.weights.quant_tensor import resolve
 
@@ -27,8 +28,8 @@ def moe(
     Args:
         hidden_states: [T, H], float32, float16 or bfloat16; rows may be strided.
         experts: `ExpertWeights` of hidden size H, on the same device.
-        topk_ids: [T, K], int64 or int32: the experts of each token. The same expert may stand twice;
-            -1 means: not computed here.
+        topk_ids: [T, K], int64 or int32: the experts of each token. The same expert may stand
+            twice; -1 means: not computed here.
         topk_weights: [T, K], floating point.
         activation: "silu" (SwiGLU) or "gelu_tanh" (GeGLU).
         exact: keep the error of activations below 0.05 % where the default rounds them.
@@ -69,13 +70,11 @@ def moe(
     _check.device(topk_ids, "topk_ids", experts.device, "experts")
     _check.device(topk_weights, "topk_weights", experts.device, "experts")
     _check.choice(activation, "activation", ACTIVATIONS)
-    return torch.ops.ktcore.moe(
-        hidden_states, experts.handle, topk_ids, topk_weights, activation, bool(exact)
-    )
+    call = _compute if direct(hidden_states) else torch.ops.ktcore.moe
+    return call(hidden_states, experts.handle, topk_ids, topk_weights, activation, bool(exact))
 
 
-@torch.library.custom_op("ktcore::moe", mutates_args=())
-def _moe(
+def _compute(
     hidden_states: Tensor,
     experts: int,
     topk_ids: Tensor,
@@ -108,6 +107,9 @@ def _moe(
         activation=activation,
         exact=exact,
     )
+
+
+_moe = torch.library.custom_op("ktcore::moe", _compute, mutates_args=())
 
 
 @_moe.register_fake

@@ -8,6 +8,7 @@ from torch import Tensor
 from ktcore.dispatch.registry import Request, select
 from ktcore.formats import Format, get_format
 from ktcore.ops import _check
+from ktcore.ops._direct import direct
 from ktcore.weights import QuantTensor
 
 
@@ -29,12 +30,12 @@ def quantize(tensor: Tensor, format: str | Format) -> QuantTensor:
         raise ValueError(f"tensor: expected shape [..., O, I], got {tuple(tensor.shape)}")
     format = get_format(format)
     shape = tuple(tensor.shape)
-    parts = torch.ops.ktcore.quantize(tensor, format.name)
+    call = _compute if direct(tensor) else torch.ops.ktcore.quantize
+    parts = call(tensor, format.name)
     return QuantTensor(format, shape, dict(zip(format.part_specs(shape), parts, strict=True)))
 
 
-@torch.library.custom_op("ktcore::quantize", mutates_args=())
-def _quantize(tensor: Tensor, format: str) -> list[Tensor]:
+def _compute(tensor: Tensor, format: str) -> list[Tensor]:
     chosen = select(
         Request(
             op="quantize",
@@ -47,6 +48,9 @@ def _quantize(tensor: Tensor, format: str) -> list[Tensor]:
     parts = chosen.run(tensor.detach(), format).parts
     # A custom operator must not return its own input: bf16 stored as bf16 is that.
     return [p.clone() if p.data_ptr() == tensor.data_ptr() else p for p in parts.values()]
+
+
+_quantize = torch.library.custom_op("ktcore::quantize", _compute, mutates_args=())
 
 
 @_quantize.register_fake

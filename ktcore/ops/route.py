@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ktcore.dispatch.registry import Request, select
 from ktcore.ops import _check
+from ktcore.ops._direct import direct
 
 SCORING = ("softmax", "sigmoid")
 
@@ -47,6 +48,7 @@ def route(
     _check.positive(n_group, "n_group")
     _check.positive(topk_group, "topk_group")
     _check.choice(scoring, "scoring", SCORING)
+    _check.number(scale, "scale")
     if num_experts < 1:
         raise ValueError(f"logits: expected at least 1 expert, got shape {tuple(logits.shape)}")
     if num_experts % n_group:
@@ -64,7 +66,8 @@ def route(
                 f"{tuple(correction_bias.shape)}"
             )
         _check.device(correction_bias, "correction_bias", logits.device, "logits")
-    return torch.ops.ktcore.route(
+    call = _compute if direct(logits) else torch.ops.ktcore.route
+    return call(
         logits,
         top_k,
         scoring,
@@ -76,8 +79,7 @@ def route(
     )
 
 
-@torch.library.custom_op("ktcore::route", mutates_args=())
-def _route(
+def _compute(
     logits: Tensor,
     top_k: int,
     scoring: str,
@@ -108,6 +110,9 @@ def _route(
         renormalize=renormalize,
         scale=scale,
     )
+
+
+_route = torch.library.custom_op("ktcore::route", _compute, mutates_args=())
 
 
 @_route.register_fake

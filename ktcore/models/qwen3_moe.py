@@ -1,0 +1,82 @@
+"""Qwen3-MoE (Qwen3-30B-A3B, Qwen3-235B-A22B; arXiv 2505.09388): GQA with RMS-normalised queries
+and keys, softmax routing, no shared expert.
+
+Fields as `Qwen3MoeConfig` in Hugging Face transformers 4 and 5 writes them.
+"""
+
+from __future__ import annotations
+
+from ktcore.models.config import DecoderConfig, JsonFile
+from ktcore.models.family import Family
+
+
+def _rope_theta(config: JsonFile) -> float:
+    """transformers 4: `rope_theta`, `rope_scaling`; transformers 5: both in `rope_parameters`."""
+    theta = config.number("rope_theta", 10000.0)
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = config.inner(name)
+        if rope is None:
+            continue
+        kind = rope.text("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise rope.error("rope_type", f"{kind[:80]!r} is not supported, only 'default'")
+        if rope.number("partial_rotary_factor", 1.0) != 1.0:
+            raise rope.error("partial_rotary_factor", "only 1 is supported")
+        theta = rope.number("rope_theta", theta)
+    return theta
+
+
+def read_config(config: JsonFile) -> DecoderConfig:
+    activation = config.text("hidden_act", "silu")
+    if activation != "silu":
+        raise config.error("hidden_act", f"{activation[:80]!r} is not supported, only 'silu'")
+    if config.flag("use_sliding_window", False):
+        raise config.error("use_sliding_window", "sliding-window attention is not supported")
+    if config.get("quantization_config") is not None:
+        raise config.error(
+            "quantization_config",
+            "checkpoints that are quantised already are not supported; load the bf16 original and "
+            "let format= quantise it",
+        )
+    layers = config.integer("num_hidden_layers", most=10_000)
+    hidden_size = config.integer("hidden_size")
+    heads = config.integer("num_attention_heads")
+    kv_heads = config.integer("num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise config.error(
+            "num_key_value_heads",
+            f"expected a divisor of num_attention_heads, {heads}, got {kv_heads}",
+        )
+    head_dim = config.integer("head_dim", max(1, hidden_size // heads))
+    if head_dim % 2:
+        raise config.error("head_dim", f"expected an even number, got {head_dim}")
+    # transformers 5 calls the same field num_local_experts.
+    num_experts = config.integer(
+        "num_experts" if config.get("num_experts") is not None else "num_local_experts"
+    )
+    step = config.integer("decoder_sparse_step", 1)
+    mlp_only = set(config.integers("mlp_only_layers"))
+    moe_size = config.integer("moe_intermediate_size")
+    return DecoderConfig(
+        vocab_size=config.integer("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=config.integer("intermediate_size", moe_size),
+        moe_intermediate_size=moe_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        num_experts=num_experts,
+        top_k=config.integer("num_experts_per_tok", most=num_experts),
+        renormalize=config.flag("norm_topk_prob", False),
+        dense_layers=frozenset(i for i in range(layers) if i in mlp_only or (i + 1) % step),
+        activation=activation,
+        rms_norm_eps=config.number("rms_norm_eps", 1e-6),
+        rope_theta=_rope_theta(config),
+        context_length=config.integer("max_position_embeddings", 32768),
+        attention_bias=config.flag("attention_bias", False),
+        tie_word_embeddings=config.flag("tie_word_embeddings", False),
+    )
+
+
+FAMILY = Family(model_types=("qwen3_moe",), read_config=read_config)

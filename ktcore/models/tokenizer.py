@@ -1,0 +1,83 @@
+"""Text to tokens and back, by a tokenizer.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from ktcore.weights import CheckpointError
+
+INCOMPLETE = "\ufffd"  # what bytes that are no whole character decode to
+CONTEXT = 8  # tokens that a piece of text is decoded after; what precedes can change spaces
+
+
+class Tokenizer:
+    """A Hugging Face tokenizer.json, through the package tokenizers."""
+
+    def __init__(self, path: Path):
+        """Raises CheckpointError if the file is missing or not sound, ImportError without the
+        package.
+        """
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise ImportError(
+                "text needs the package tokenizers: pip install 'ktcore[cli]'"
+            ) from error
+        if not path.is_file():
+            raise CheckpointError(
+                path, "no such file: text needs the model's tokenizer.json; token ids do without"
+            )
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises plain Exception
+            raise CheckpointError(path, f"not a valid tokenizer.json: {error}") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, with what the tokenizer itself puts around a text."""
+        return self._tokenizer.encode(text).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text, without special tokens."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def stream(self, before: Iterable[int] = ()) -> StreamDecoder:
+        """A decoder for tokens that come one by one after the tokens `before`."""
+        return StreamDecoder(self, list(before)[-CONTEXT:])
+
+
+class StreamDecoder:
+    """Text of tokens as they come: each piece as soon as its last character is whole.
+
+    The pieces, joined, are the text that decoding everything at once would give.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, before: list[int]):
+        self._tokenizer = tokenizer
+        self._ids = before
+        # Text of _ids that was given out, or came before.
+        self._shown = tokenizer.decode(before)
+
+    def push(self, token: int) -> str:
+        """The text that this token completes; empty if it ends within a character."""
+        self._ids.append(token)
+        text = self._tokenizer.decode(self._ids)
+        if text.endswith(INCOMPLETE):
+            return ""
+        return self._give(text)
+
+    def finish(self) -> str:
+        """What is still held back: an incomplete character, as the replacement character."""
+        return self._give(self._tokenizer.decode(self._ids))
+
+    def _give(self, text: str) -> str:
+        new = text[len(self._shown) :]
+        # Old tokens are dropped where the text is whole, so that a step's work does not grow.
+        if len(self._ids) > 2 * CONTEXT and not text.endswith(INCOMPLETE):
+            self._ids = self._ids[-CONTEXT:]
+            self._shown = self._tokenizer.decode(self._ids)
+        else:
+            self._shown = text
+        return new
