@@ -35,7 +35,7 @@ struct Simd {
   static KT_INLINE F round(F a) {
     return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
-  // For integral n in [-126, 127], in two halves so that neither factor overflows.
+  // For integral n in [-126, 128], in two halves so that neither factor overflows.
   static KT_INLINE F ldexp(F a, F n) {
     const I e = _mm256_cvtps_epi32(n);
     const I half = _mm256_srai_epi32(e, 1);
@@ -155,8 +155,7 @@ struct Simd {
     const I bytes =
         _mm256_packs_epi16(_mm256_packs_epi32(n[0], n[1]), _mm256_packs_epi32(n[2], n[3]));
     const I order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
-                        _mm256_permutevar8x32_epi32(bytes, order));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permutevar8x32_epi32(bytes, order));
   }
 
   // ---- dot products of two 16-bit weights with two 16-bit activations, per 32-bit lane
@@ -175,9 +174,7 @@ struct Simd {
 #endif
 
   // The two bf16 of each lane, as floats.
-  static KT_INLINE F low_bf16(I raw) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(raw, 16));
-  }
+  static KT_INLINE F low_bf16(I raw) { return _mm256_castsi256_ps(_mm256_slli_epi32(raw, 16)); }
   static KT_INLINE F high_bf16(I raw) {
     return _mm256_castsi256_ps(_mm256_and_si256(raw, _mm256_set1_epi32(-65536)));
   }
@@ -190,9 +187,7 @@ struct Simd {
   struct Ab {
     F even, odd;
   };
-  static KT_INLINE Wb weight_bf16(I raw) {
-    return {low_bf16(raw), high_bf16(raw)};
-  }
+  static KT_INLINE Wb weight_bf16(I raw) { return {low_bf16(raw), high_bf16(raw)}; }
   static KT_INLINE Ab activation_bf16(const uint8_t* p) {
     float v[2];
     std::memcpy(v, p, 8);

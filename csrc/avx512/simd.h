@@ -90,9 +90,7 @@ struct Simd {
     std::memcpy(&v, p, 4);
     return _mm512_set1_epi32(v);
   }
-  static KT_INLINE uint64_t fold(I a) {
-    return static_cast<uint64_t>(_mm512_reduce_add_epi64(a));
-  }
+  static KT_INLINE uint64_t fold(I a) { return static_cast<uint64_t>(_mm512_reduce_add_epi64(a)); }
 
   // A float no smaller than any |v|, NaN if one of them is: the bit patterns of non-negative floats
   // order as integers, infinities above all numbers and NaNs above infinity.
@@ -144,9 +142,7 @@ struct Simd {
 #endif
 
   // The two bf16 of each lane, as floats.
-  static KT_INLINE F low_bf16(I raw) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(raw, 16));
-  }
+  static KT_INLINE F low_bf16(I raw) { return _mm512_castsi512_ps(_mm512_slli_epi32(raw, 16)); }
   static KT_INLINE F high_bf16(I raw) {
     return _mm512_castsi512_ps(_mm512_and_si512(raw, _mm512_set1_epi32(-65536)));
   }
@@ -170,9 +166,7 @@ struct Simd {
   struct Ab {
     F even, odd;
   };
-  static KT_INLINE Wb weight_bf16(I raw) {
-    return {low_bf16(raw), high_bf16(raw)};
-  }
+  static KT_INLINE Wb weight_bf16(I raw) { return {low_bf16(raw), high_bf16(raw)}; }
   static KT_INLINE Ab activation_bf16(const uint8_t* p) {
     float v[2];
     std::memcpy(v, p, 8);

@@ -28,7 +28,8 @@ WeightFormat format_of(const std::string& name) {
 }
 
 DType dtype_of(int code) {
-  if (code < 0 || code > 2) throw std::invalid_argument("dtype: expected 0 (f32), 1 (f16) or 2 (bf16)");
+  if (code < 0 || code > 2)
+    throw std::invalid_argument("dtype: expected 0 (f32), 1 (f16) or 2 (bf16)");
   return static_cast<DType>(code);
 }
 
@@ -61,24 +62,30 @@ const KernelTable& best_kernels() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native CPU kernels of ktcore, for every instruction set at once.";
 
-  m.def("cpu_features", [] {
-    py::dict out;
-    for (const CpuFeature& f : cpu_features()) out[f.name] = py::make_tuple(f.cpu, f.os);
-    return out;
-  }, "{feature: (the processor has it, the operating system allows it)}");
+  m.def(
+      "cpu_features",
+      [] {
+        py::dict out;
+        for (const CpuFeature& f : cpu_features()) out[f.name] = py::make_tuple(f.cpu, f.os);
+        return out;
+      },
+      "{feature: (the processor has it, the operating system allows it)}");
 
-  m.def("isas", [] {
-    py::list out;
-    for (const Isa& isa : isas()) {
-      py::dict d;
-      d["name"] = isa.name;
-      d["backend"] = isa.backend;
-      d["requires"] = std::vector<std::string>(isa.requires_.begin(), isa.requires_.end());
-      d["supported"] = isa.missing().empty();
-      out.append(d);
-    }
-    return out;
-  }, "The instruction sets this build has kernels for, most capable last within a backend.");
+  m.def(
+      "isas",
+      [] {
+        py::list out;
+        for (const Isa& isa : isas()) {
+          py::dict d;
+          d["name"] = isa.name;
+          d["backend"] = isa.backend;
+          d["requires"] = std::vector<std::string>(isa.requires_.begin(), isa.requires_.end());
+          d["supported"] = isa.missing().empty();
+          out.append(d);
+        }
+        return out;
+      },
+      "The instruction sets this build has kernels for, most capable last within a backend.");
 
   m.def("set_num_threads", [](int n) {
     need_positive("num_threads", n);
@@ -89,20 +96,26 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_prefetch_bytes", &set_prefetch_bytes);
   m.def("get_prefetch_bytes", &prefetch_bytes);
 
-  m.def("measure_read_bandwidth", [](int threads, size_t bytes) {
-    need_positive("threads", threads);
-    const KernelTable& table = best_kernels();
-    py::gil_scoped_release release;
-    return measure_read_bandwidth(table, threads, bytes);
-  }, py::arg("threads"), py::arg("bytes"), "GB/s that a plain read loop reaches.");
-  m.def("measure_dot_peak", [](const std::string& isa, const std::string& kind, int threads) {
-    need_positive("threads", threads);
-    const KernelTable& table = kernels(isa);
-    const DotKind k = dot_kind_of(kind);
-    py::gil_scoped_release release;
-    return measure_dot_peak(table, k, threads);
-  }, py::arg("isa"), py::arg("kind"), py::arg("threads"),
-        "Gop/s that dot products reach in registers; a multiply-add counts as two.");
+  m.def(
+      "measure_read_bandwidth",
+      [](int threads, size_t bytes) {
+        need_positive("threads", threads);
+        const KernelTable& table = best_kernels();
+        py::gil_scoped_release release;
+        return measure_read_bandwidth(table, threads, bytes);
+      },
+      py::arg("threads"), py::arg("bytes"), "GB/s that a plain read loop reaches.");
+  m.def(
+      "measure_dot_peak",
+      [](const std::string& isa, const std::string& kind, int threads) {
+        need_positive("threads", threads);
+        const KernelTable& table = kernels(isa);
+        const DotKind k = dot_kind_of(kind);
+        py::gil_scoped_release release;
+        return measure_dot_peak(table, k, threads);
+      },
+      py::arg("isa"), py::arg("kind"), py::arg("threads"),
+      "Gop/s that dot products reach in registers; a multiply-add counts as two.");
 
   py::class_<PackedMatrix>(m, "PackedMatrix")
       .def(py::init([](const std::string& format, int64_t rows, int64_t cols) {
@@ -110,10 +123,11 @@ PYBIND11_MODULE(_C, m) {
         need_positive("cols", cols);
         return new PackedMatrix(format_of(format), rows, cols);
       }))
-      .def("pack", [](PackedMatrix& self, uintptr_t data, uintptr_t scales) {
-        py::gil_scoped_release release;
-        self.pack(pointer<const void>(data), pointer<const void>(scales));
-      })
+      .def("pack",
+           [](PackedMatrix& self, uintptr_t data, uintptr_t scales) {
+             py::gil_scoped_release release;
+             self.pack(pointer<const void>(data), pointer<const void>(scales));
+           })
       .def_readonly("rows", &PackedMatrix::rows)
       .def_readonly("cols", &PackedMatrix::cols)
       .def_property_readonly("nbytes", [](const PackedMatrix& self) { return self.buffer.size(); });
@@ -125,21 +139,28 @@ PYBIND11_MODULE(_C, m) {
         need_positive("intermediate_size", i);
         return new PackedExperts(format_of(format), e, h, i);
       }))
-      .def("pack", [](PackedExperts& self, int64_t expert, const std::string& projection,
-                      uintptr_t data, uintptr_t scales) {
-        if (expert < 0 || expert >= self.num_experts) throw std::out_of_range("expert");
-        PackedExperts::Projection p;
-        if (projection == "gate") p = PackedExperts::Projection::gate;
-        else if (projection == "up") p = PackedExperts::Projection::up;
-        else if (projection == "down") p = PackedExperts::Projection::down;
-        else throw std::invalid_argument("projection: expected gate, up or down, got '" + projection + "'");
-        py::gil_scoped_release release;
-        self.pack(expert, p, pointer<const void>(data), pointer<const void>(scales));
-      })
+      .def("pack",
+           [](PackedExperts& self, int64_t expert, const std::string& projection, uintptr_t data,
+              uintptr_t scales) {
+             if (expert < 0 || expert >= self.num_experts) throw std::out_of_range("expert");
+             PackedExperts::Projection p;
+             if (projection == "gate")
+               p = PackedExperts::Projection::gate;
+             else if (projection == "up")
+               p = PackedExperts::Projection::up;
+             else if (projection == "down")
+               p = PackedExperts::Projection::down;
+             else
+               throw std::invalid_argument("projection: expected gate, up or down, got '" +
+                                           projection + "'");
+             py::gil_scoped_release release;
+             self.pack(expert, p, pointer<const void>(data), pointer<const void>(scales));
+           })
       .def_readonly("num_experts", &PackedExperts::num_experts)
       .def_readonly("hidden_size", &PackedExperts::hidden_size)
       .def_readonly("intermediate_size", &PackedExperts::intermediate_size)
-      .def_property_readonly("nbytes", [](const PackedExperts& self) { return self.buffer.size(); });
+      .def_property_readonly("nbytes",
+                             [](const PackedExperts& self) { return self.buffer.size(); });
 
   m.def("moe", [](const std::string& isa, const PackedExperts& experts, uintptr_t x, int dtype,
                   int64_t tokens, int64_t x_stride, uintptr_t ids, uintptr_t weights, int64_t top_k,
@@ -179,9 +200,18 @@ PYBIND11_MODULE(_C, m) {
                     int64_t n_group, int64_t topk_group, bool renormalize, float scale,
                     uintptr_t ids, uintptr_t weights) {
     if (num_experts > 4096) throw std::invalid_argument("num_experts: at most 4096");
-    const RouteJob job{pointer<const float>(logits), stride, tokens, num_experts, top_k,
-                       static_cast<Scoring>(scoring), pointer<const float>(correction_bias),
-                       n_group, topk_group, renormalize, scale, pointer<int64_t>(ids),
+    const RouteJob job{pointer<const float>(logits),
+                       stride,
+                       tokens,
+                       num_experts,
+                       top_k,
+                       static_cast<Scoring>(scoring),
+                       pointer<const float>(correction_bias),
+                       n_group,
+                       topk_group,
+                       renormalize,
+                       scale,
+                       pointer<int64_t>(ids),
                        pointer<float>(weights)};
     const KernelTable& table = kernels(isa);
     py::gil_scoped_release release;
@@ -190,20 +220,29 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("dequantize", [](const std::string& isa, const std::string& format, int64_t rows,
                          int64_t cols, uintptr_t data, uintptr_t scales, uintptr_t out, int dtype) {
-    const DequantizeJob job{format_of(format), rows, cols, pointer<const void>(data),
-                            pointer<const void>(scales), pointer<void>(out), dtype_of(dtype)};
+    const DequantizeJob job{format_of(format),
+                            rows,
+                            cols,
+                            pointer<const void>(data),
+                            pointer<const void>(scales),
+                            pointer<void>(out),
+                            dtype_of(dtype)};
     const KernelTable& table = kernels(isa);
     py::gil_scoped_release release;
     dequantize(table, job);
   });
 
-  m.def("quantize", [](const std::string& isa, const std::string& format, uintptr_t x, int dtype,
-                       int64_t rows, int64_t cols, int64_t x_stride, uintptr_t data,
-                       uintptr_t scales) {
-    const QuantizeJob job{format_of(format), {pointer<const void>(x), x_stride, dtype_of(dtype)},
-                          rows, cols, pointer<void>(data), pointer<void>(scales)};
-    const KernelTable& table = kernels(isa);
-    py::gil_scoped_release release;
-    quantize(table, job);
-  });
+  m.def("quantize",
+        [](const std::string& isa, const std::string& format, uintptr_t x, int dtype, int64_t rows,
+           int64_t cols, int64_t x_stride, uintptr_t data, uintptr_t scales) {
+          const QuantizeJob job{format_of(format),
+                                {pointer<const void>(x), x_stride, dtype_of(dtype)},
+                                rows,
+                                cols,
+                                pointer<void>(data),
+                                pointer<void>(scales)};
+          const KernelTable& table = kernels(isa);
+          py::gil_scoped_release release;
+          quantize(table, job);
+        });
 }

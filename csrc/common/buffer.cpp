@@ -27,8 +27,9 @@ Buffer::Buffer(size_t bytes) : size_(bytes) {
   data_ = static_cast<uint8_t*>(base_);
 #else
   const bool large = bytes >= kHugePage;
-  mapped_ = large ? static_cast<size_t>(round_up(static_cast<int64_t>(bytes), kHugePage)) + kHugePage
-                  : bytes;
+  mapped_ = large
+                ? static_cast<size_t>(round_up(static_cast<int64_t>(bytes), kHugePage)) + kHugePage
+                : bytes;
   base_ = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (base_ == MAP_FAILED) {
     base_ = nullptr;

@@ -67,24 +67,15 @@ std::vector<CpuFeature> detect() {
   const bool tile = (state & 0x60000) == 0x60000 && has_tile && amx_permitted();
   const auto bit = [](const Regs& l, int reg, int n) { return ((l.r[reg] >> n) & 1) != 0; };
   return {
-      {"sse4_2", bit(l1, ECX, 20), true},
-      {"avx", bit(l1, ECX, 28), ymm},
-      {"avx2", bit(l7, EBX, 5), ymm},
-      {"fma", bit(l1, ECX, 12), ymm},
-      {"f16c", bit(l1, ECX, 29), ymm},
-      {"avx_vnni", bit(l71, EAX, 4), ymm},
-      {"avx512f", bit(l7, EBX, 16), zmm},
-      {"avx512bw", bit(l7, EBX, 30), zmm},
-      {"avx512dq", bit(l7, EBX, 17), zmm},
-      {"avx512vl", bit(l7, EBX, 31), zmm},
-      {"avx512_vnni", bit(l7, ECX, 11), zmm},
-      {"avx512_bf16", bit(l71, EAX, 5), zmm},
-      {"avx512_vbmi", bit(l7, ECX, 1), zmm},
-      {"avx512_fp16", bit(l7, EDX, 23), zmm},
-      {"amx_tile", has_tile, tile},
-      {"amx_int8", bit(l7, EDX, 25), tile},
-      {"amx_bf16", bit(l7, EDX, 22), tile},
-      {"amx_fp16", bit(l71, EAX, 21), tile},
+      {"sse4_2", bit(l1, ECX, 20), true},     {"avx", bit(l1, ECX, 28), ymm},
+      {"avx2", bit(l7, EBX, 5), ymm},         {"fma", bit(l1, ECX, 12), ymm},
+      {"f16c", bit(l1, ECX, 29), ymm},        {"avx_vnni", bit(l71, EAX, 4), ymm},
+      {"avx512f", bit(l7, EBX, 16), zmm},     {"avx512bw", bit(l7, EBX, 30), zmm},
+      {"avx512dq", bit(l7, EBX, 17), zmm},    {"avx512vl", bit(l7, EBX, 31), zmm},
+      {"avx512_vnni", bit(l7, ECX, 11), zmm}, {"avx512_bf16", bit(l71, EAX, 5), zmm},
+      {"avx512_vbmi", bit(l7, ECX, 1), zmm},  {"avx512_fp16", bit(l7, EDX, 23), zmm},
+      {"amx_tile", has_tile, tile},           {"amx_int8", bit(l7, EDX, 25), tile},
+      {"amx_bf16", bit(l7, EDX, 22), tile},   {"amx_fp16", bit(l71, EAX, 21), tile},
   };
 }
 

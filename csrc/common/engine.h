@@ -12,7 +12,7 @@ struct MoeArgs {
   ConstRows x;
   Rows out;
   int64_t tokens, top_k;
-  const int64_t* ids;    // [tokens, top_k]; -1: not computed here. Checked: throws std::out_of_range
+  const int64_t* ids;  // [tokens, top_k]; -1: not computed here. Checked: throws std::out_of_range
   const float* weights;  // [tokens, top_k]
   Activation activation;
   bool exact;

@@ -6,9 +6,9 @@
 
 namespace ktcore {
 
-#define KTCORE_DECLARE(isa)         \
-  namespace isa {                   \
-  extern const KernelTable table;   \
+#define KTCORE_DECLARE(isa)       \
+  namespace isa {                 \
+  extern const KernelTable table; \
   }
 #if defined(__x86_64__) || defined(_M_X64)
 KTCORE_DECLARE(avx2)

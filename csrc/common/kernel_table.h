@@ -89,9 +89,9 @@ struct QuantizeJob {
 struct FormatKernels {
   void (*moe)(const MoeJob&, ThreadPool&);
   void (*linear)(const LinearJob&, ThreadPool&);
-  int max_rows;         // rows of the largest tile; a token takes `planes` rows
-  int planes;           // rows that an activation takes by default
-  int exact_planes;     // and when exact results are asked for
+  int max_rows;      // rows of the largest tile; a token takes `planes` rows
+  int planes;        // rows that an activation takes by default
+  int exact_planes;  // and when exact results are asked for
   // Bytes of one row of an encoded tile with `cols` columns.
   int64_t (*row_bytes)(int64_t cols);
 };

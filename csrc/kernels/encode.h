@@ -57,7 +57,9 @@ struct Int16Codec {
     }
     const int64_t at = group * rows + row;
     const_cast<float*>(scales(tile, rows, groups))[at] =
-        !finite ? std::numeric_limits<float>::quiet_NaN() : tiny ? 0.0f : amax / kLargest;
+        !finite ? std::numeric_limits<float>::quiet_NaN()
+        : tiny  ? 0.0f
+                : amax / kLargest;
     const_cast<int32_t*>(offsets(tile, rows, groups))[at] = finite ? -8 * sum : 0;
   }
 

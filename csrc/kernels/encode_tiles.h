@@ -40,6 +40,8 @@ static void gather_tiles(ThreadPool& pool, const TokenTile* tiles, int64_t count
 }
 
 // Blocks per task, so that a task reads at least about 32 KiB of weights.
-static KT_INLINE int64_t blocks_per_task(int64_t block_bytes) { return ceil_div(32768, block_bytes); }
+static KT_INLINE int64_t blocks_per_task(int64_t block_bytes) {
+  return ceil_div(32768, block_bytes);
+}
 
 }  // namespace ktcore::KTCORE_ISA

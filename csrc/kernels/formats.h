@@ -37,7 +37,8 @@ struct Int16Panel {
 
   // Adds groups [first, first + count) of a tile to `out` [R][32].
   template <int R>
-  KT_NOINLINE void dot(int64_t first, int64_t count, int64_t groups, const uint8_t* tile, float* out) const {
+  KT_NOINLINE void dot(int64_t first, int64_t count, int64_t groups, const uint8_t* tile,
+                       float* out) const {
     constexpr int V = vectors_at_once<S>(R, S::kIntCells);
     const float* x_scale = Int16Codec<S>::scales(tile, R, groups) + first * R;
     for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
@@ -98,8 +99,8 @@ struct Int4Group32 {
   static constexpr int kUnits = static_cast<int>(kGroup) / 8;
 
   template <int R>
-  KT_NOINLINE static void dot(const uint8_t* block, int64_t groups, const uint8_t* tile,
-                  float* out, int64_t prefetch) {
+  KT_NOINLINE static void dot(const uint8_t* block, int64_t groups, const uint8_t* tile, float* out,
+                              int64_t prefetch) {
     constexpr int V = vectors_at_once<S>(R, S::kIntCells);
     const float* x_scale = Codec::scales(tile, R, groups);
     const int32_t* offset = Codec::offsets(tile, R, groups);
@@ -134,8 +135,8 @@ struct Int4Group32 {
           dot_nibble<1, V, R>(sum, raw, a + (unit * 4 + 2) * R * 4);
           dot_nibble<3, V, R>(sum, raw, a + (unit * 4 + 3) * R * 4);
         }
-        const auto* scales = reinterpret_cast<const uint16_t*>(block + g * kGroupBytes +
-                                                               kUnits * kUnitBytes);
+        const auto* scales =
+            reinterpret_cast<const uint16_t*>(block + g * kGroupBytes + kUnits * kUnitBytes);
         KT_UNROLL
         for (int v = 0; v < V; ++v) {
           const typename S::F scale = S::load_bf16(scales + (v0 + v) * S::kLanes);
@@ -149,7 +150,8 @@ struct Int4Group32 {
       KT_UNROLL
       for (int v = 0; v < V; ++v) {
         KT_UNROLL
-        for (int r = 0; r < R; ++r) S::store(out + r * kBlockRows + (v0 + v) * S::kLanes, acc[v][r]);
+        for (int r = 0; r < R; ++r)
+          S::store(out + r * kBlockRows + (v0 + v) * S::kLanes, acc[v][r]);
       }
     }
   }
@@ -205,8 +207,8 @@ struct Int8Channel {
   static constexpr int kUnits = static_cast<int>(kGroup) / 4;
 
   template <int R>
-  KT_NOINLINE static void dot(const uint8_t* block, int64_t groups, const uint8_t* tile,
-                  float* out, int64_t prefetch) {
+  KT_NOINLINE static void dot(const uint8_t* block, int64_t groups, const uint8_t* tile, float* out,
+                              int64_t prefetch) {
     constexpr int V = vectors_at_once<S>(R, S::kIntCells);
     const float* x_scale = Codec::scales(tile, R, groups);
     for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
@@ -252,7 +254,8 @@ struct Int8Channel {
       KT_UNROLL
       for (int v = 0; v < V; ++v) {
         KT_UNROLL
-        for (int r = 0; r < R; ++r) S::store(out + r * kBlockRows + (v0 + v) * S::kLanes, acc[v][r]);
+        for (int r = 0; r < R; ++r)
+          S::store(out + r * kBlockRows + (v0 + v) * S::kLanes, acc[v][r]);
       }
     }
     finish(block, groups, out, R);
@@ -302,7 +305,8 @@ struct FloatPanel {
   alignas(64) float weights[kGroups * kGroup * kBlockRows];
 
   template <int R>
-  KT_NOINLINE void dot(int64_t first, int64_t count, int64_t, const uint8_t* tile, float* out) const {
+  KT_NOINLINE void dot(int64_t first, int64_t count, int64_t, const uint8_t* tile,
+                       float* out) const {
     constexpr int V = vectors_at_once<S>(R, S::kFloatCells);
     for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
       typename S::F acc[V][R];
@@ -335,7 +339,8 @@ struct FloatPanel {
       KT_UNROLL
       for (int v = 0; v < V; ++v) {
         KT_UNROLL
-        for (int r = 0; r < R; ++r) S::store(out + r * kBlockRows + (v0 + v) * S::kLanes, acc[v][r]);
+        for (int r = 0; r < R; ++r)
+          S::store(out + r * kBlockRows + (v0 + v) * S::kLanes, acc[v][r]);
       }
     }
   }
@@ -352,8 +357,8 @@ struct Bf16 {
   static constexpr bool kPanels = !S::kBf16Dot;
 
   template <int R>
-  KT_NOINLINE static void dot(const uint8_t* block, int64_t groups, const uint8_t* tile,
-                  float* out, int64_t prefetch) {
+  KT_NOINLINE static void dot(const uint8_t* block, int64_t groups, const uint8_t* tile, float* out,
+                              int64_t prefetch) {
     constexpr int V = vectors_at_once<S>(R, S::kFloatCells);
     for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
       const uint8_t* w = block + v0 * S::kLanes * 4;
@@ -384,7 +389,8 @@ struct Bf16 {
       KT_UNROLL
       for (int v = 0; v < V; ++v) {
         KT_UNROLL
-        for (int r = 0; r < R; ++r) S::store(out + r * kBlockRows + (v0 + v) * S::kLanes, acc[v][r]);
+        for (int r = 0; r < R; ++r)
+          S::store(out + r * kBlockRows + (v0 + v) * S::kLanes, acc[v][r]);
       }
     }
   }
@@ -406,8 +412,8 @@ struct Bf16 {
 
 // Calls dot<R> for a run-time R.
 template <class Format, int R = Format::kMaxRows>
-static KT_INLINE void dot_block(int rows, const uint8_t* block, int64_t groups,
-                                const uint8_t* tile, float* out, int64_t prefetch) {
+static KT_INLINE void dot_block(int rows, const uint8_t* block, int64_t groups, const uint8_t* tile,
+                                float* out, int64_t prefetch) {
   if (rows == R) return Format::template dot<R>(block, groups, tile, out, prefetch);
   if constexpr (R > 1) {
     return dot_block<Format, R - 1>(rows, block, groups, tile, out, prefetch);

@@ -37,8 +37,8 @@ static void linear(const LinearJob& job, ThreadPool& pool) {
       for (int64_t first = 0; first < job.tile_count; first += tiles_at_once<Format>()) {
         const TokenTile* tiles = job.tiles + first;
         const int64_t rest = job.tile_count - first;
-        const int n = static_cast<int>(rest < tiles_at_once<Format>() ? rest
-                                                                      : tiles_at_once<Format>());
+        const int n =
+            static_cast<int>(rest < tiles_at_once<Format>() ? rest : tiles_at_once<Format>());
         multiply<S, Format>(job.weight + b * block, groups, tiles, n, job.planes, encoded, c,
                             job.prefetch_bytes);
         for (int i = 0; i < n; ++i) {

@@ -3,11 +3,12 @@
 
 namespace ktcore::KTCORE_ISA {
 
-// e^x to about 1e-7 relative; NaN stays NaN; the ends saturate instead of overflowing.
+// e^x to about 1e-7 relative; NaN stays NaN. Large x gives infinity, so that a gate can shut
+// completely; small x saturates above the denormals.
 template <class S>
 static KT_INLINE typename S::F exp(typename S::F x) {
   using F = typename S::F;
-  x = S::min(S::set1(87.0f), S::max(S::set1(-87.0f), x));
+  x = S::min(S::set1(89.0f), S::max(S::set1(-87.0f), x));
   const F n = S::round(S::mul(x, S::set1(1.44269504088896341f)));
   // x - n ln 2, with ln 2 in two parts so that the product with n is exact.
   F r = S::fma(n, S::set1(-0.693359375f), x);

@@ -31,9 +31,8 @@ static void moe(const MoeJob& job, ThreadPool& pool) {
 
   encode_tokens<S, Codec>(pool, job.x, job.tokens, hidden, planes, job.tokens_encoded);
   if (job.tile_count < job.pairs) {  // some tile has several tokens
-    gather_tiles<Codec>(pool, job.tiles, job.tile_count, hidden, planes,
-                        job.tokens_encoded, job.in_encoded,
-                        [&](int32_t pair) { return job.pair_token[pair]; });
+    gather_tiles<Codec>(pool, job.tiles, job.tile_count, hidden, planes, job.tokens_encoded,
+                        job.in_encoded, [&](int32_t pair) { return job.pair_token[pair]; });
   }
 
   const int64_t mid_blocks = mid_groups;  // a block of rows is a group of the next matrix's columns
@@ -94,8 +93,8 @@ static void moe(const MoeJob& job, ThreadPool& pool) {
       const ActiveExpert& expert = job.expert[e];
       for_tiles<Format>(job, expert, [&](const TokenTile* tiles, int count) {
         for (int64_t b = begin; b < end; ++b) {
-          multiply<S, Format>(expert.down + b * mid_block, mid_groups, tiles, count, planes, encoded,
-                              c, job.prefetch_bytes);
+          multiply<S, Format>(expert.down + b * mid_block, mid_groups, tiles, count, planes,
+                              encoded, c, job.prefetch_bytes);
           for (int i = 0; i < count; ++i) {
             const float* from = c + (tiles[i].first - tiles[0].first) * planes * kBlockRows;
             for (int32_t t = 0; t < tiles[i].tokens; ++t, from += kBlockRows) {

@@ -26,8 +26,8 @@ namespace ktcore::KTCORE_ISA {
 
 template <class Format>
 static constexpr FormatKernels kernels_of() {
-  return {moe<Simd, Format>,   linear<Simd, Format>, Format::kMaxRows,
-          Format::kPlanes,     Format::kExactPlanes, Format::Codec::row_bytes};
+  return {moe<Simd, Format>, linear<Simd, Format>, Format::kMaxRows,
+          Format::kPlanes,   Format::kExactPlanes, Format::Codec::row_bytes};
 }
 
 extern const KernelTable table;

@@ -24,7 +24,8 @@ class Format(abc.ABC):
         bits: stored bits per weight, scales included, for sizes that need no padding.
         group_size: how many neighbouring weights of a row share a scale; None if they do not.
         arithmetic: what default kernels round activations to, "bf16" or "int16".
-        tolerance: largest relative L2 error of `moe` against exact arithmetic on the stored weights.
+        tolerance: largest relative L2 error of `moe` against exact arithmetic on the stored
+            weights.
         exact_tolerance: the same with ``exact=True``.
     """
 

@@ -8,6 +8,10 @@ from torch import Tensor
 
 from ktcore.formats.base import Format, Parts, Shape
 
+# Weights that are all below this are stored as zeros: the reciprocal of their scale would leave the
+# range of float32.
+SMALLEST = 1e-30
+
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """The type to compute in: at least float32."""
@@ -18,7 +22,7 @@ class Int8Channel(Format):
     """int8 with one scale per output row: value = data * scale.
 
     Parts: data int8 [..., O, I], scales float32 [..., O]. The quantiser rounds to the nearest of
-    -127..127; a stored -128 is honoured.
+    -127..127; a stored -128 is honoured. A row with a NaN or an infinity gets a NaN scale.
     """
 
     name = "int8"
@@ -31,9 +35,13 @@ class Int8Channel(Format):
 
     def quantize(self, weight: Tensor) -> Parts:
         weight = weight.to(torch.float32)
-        scales = weight.abs().amax(dim=-1) / 127
-        inverse = torch.where(scales > 0, 1 / scales, torch.zeros_like(scales))
+        largest = weight.abs().amax(dim=-1)
+        usable = largest.isfinite() & (largest >= SMALLEST)
+        # (127 / largest would be torch's reciprocal times 127: rounded twice.)
+        inverse = torch.where(usable, torch.full_like(largest, 127) / largest, 0.0)
         q = (weight * inverse[..., None]).round().clamp(-127, 127)
+        # Zero for a row of zeros, NaN for one that is not finite.
+        scales = torch.where(usable, largest, largest - largest) / 127
         return {"data": q.nan_to_num(0).to(torch.int8), "scales": scales}
 
     def dequantize(self, parts: Parts, shape: Shape, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -84,7 +92,8 @@ class Int4Group32(Format):
         extreme = x.gather(-1, x.abs().argmax(-1, keepdim=True))
         best_gain = torch.full_like(extreme, -1.0)
         best = torch.zeros_like(extreme)
-        safe = torch.where(extreme != 0, extreme, torch.ones_like(extreme))
+        usable = extreme.abs() >= SMALLEST
+        safe = torch.where(usable, extreme, torch.ones_like(extreme))
         for step in range(-12, 13):
             q = (x * ((-8 + 0.1 * step) / safe)).round().clamp(-8, 7)
             dot, norm = (x * q).sum(-1, keepdim=True), (q * q).sum(-1, keepdim=True)
@@ -94,6 +103,7 @@ class Int4Group32(Format):
             best_gain = torch.where(better, gain, best_gain)
             best = torch.where(better, scale, best)
         # A group with a NaN or an infinity stays recognisable: its scale is NaN.
+        best = torch.where(usable, best, torch.zeros_like(best))
         finite = x.isfinite().all(-1, keepdim=True)
         return torch.where(finite, best, torch.full_like(best, float("nan"))).squeeze(-1)
 

@@ -27,8 +27,8 @@ def resolve(handle: int) -> object:
     weights = _by_handle.get(handle)
     if weights is None:
         raise RuntimeError(
-            f"the weights with handle {handle} no longer exist: keep a reference to the QuantTensor "
-            "or ExpertWeights for as long as a compiled graph uses it"
+            f"the weights with handle {handle} no longer exist: keep a reference to the "
+            "QuantTensor or ExpertWeights for as long as a compiled graph uses it"
         )
     return weights
 
@@ -102,9 +102,7 @@ class QuantTensor:
         parts = {name: part[index] for name, part in self.parts.items()}
         size = self.shape[0]
         if isinstance(index, slice):
-            return QuantTensor(
-                self.format, (len(range(size)[index]), *self.shape[1:]), parts
-            )
+            return QuantTensor(self.format, (len(range(size)[index]), *self.shape[1:]), parts)
         return QuantTensor(self.format, self.shape[1:], parts)
 
     def __repr__(self) -> str:

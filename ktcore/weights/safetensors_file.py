@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,6 +116,8 @@ def _tensor_info(path: Path, name: str, entry: object, data: int, size: int) -> 
         not isinstance(shape, list)
         or len(shape) > MAX_DIMENSIONS
         or not all(_is_count(n) for n in shape)
+        # Also where a zero makes it hold nothing: torch multiplies the strides out all the same.
+        or math.prod(max(n, 1) for n in shape) * dtype.itemsize >= 1 << 63
     ):
         raise bad(f"bad shape {str(shape)[:80]}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
@@ -124,7 +125,9 @@ def _tensor_info(path: Path, name: str, entry: object, data: int, size: int) -> 
     begin, end = offsets
     expected = math.prod(shape) * dtype.itemsize
     if end - begin != expected:
-        raise bad(f"shape {shape} of {dtype} takes {expected} bytes, its offsets span {end - begin}")
+        raise bad(
+            f"shape {shape} of {dtype} takes {expected} bytes, its offsets span {end - begin}"
+        )
     if data + end > size:
         raise bad(f"ends at byte {data + end}, but the file has {size}: cut short?")
     return TensorInfo(dtype, tuple(shape), data + begin, data + end)
@@ -140,11 +143,20 @@ def _check_overlaps(path: Path, tensors: dict[str, TensorInfo]) -> None:
         previous = name
 
 
+def _is_file_name(name: object) -> bool:
+    return (
+        isinstance(name, str)
+        and name not in ("", "..")
+        and "\0" not in name
+        and Path(name).name == name
+    )
+
+
 class Checkpoint:
     """The tensors of a model folder (or one .safetensors file), read one at a time.
 
-    Files are mapped, so that what is not asked for is not read. Tensors returned are copies: they
-    stay valid after `close`, and whatever happens to the file.
+    What is not asked for is not read. Files are read, not mapped: one that is cut short while in
+    use is then an error, where a mapping would kill the process.
     """
 
     INDEX = "model.safetensors.index.json"
@@ -153,13 +165,12 @@ class Checkpoint:
     def __init__(self, path: str | Path):
         """Raises CheckpointError if there is no sound checkpoint at `path`."""
         self.path = Path(path)
-        self._maps: dict[Path, mmap.mmap] = {}
         self._where: dict[str, tuple[Path, TensorInfo]] = {}
         for file, expected in self._files().items():
             tensors = read_header(file)
             for name in expected or tensors:
                 if name not in tensors:
-                    raise CheckpointError(file, f"lacks the tensor {name!r} that the index promises")
+                    raise CheckpointError(file, f"lacks the tensor {name!r}, which the index names")
                 self._where[name] = (file, tensors[name])
 
     def _files(self) -> dict[Path, list[str] | None]:
@@ -175,14 +186,16 @@ class Checkpoint:
                 return {single: None}
             raise CheckpointError(self.path, f"holds neither {self.SINGLE} nor {self.INDEX}")
         try:
-            weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
-            names = dict(weight_map)
+            content = json.loads(index.read_text("utf-8"), object_pairs_hook=_no_duplicates)
+            names = content["weight_map"]
+            if not isinstance(names, dict):
+                raise TypeError("its weight_map is not an object")
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(index, f"not a valid index: {error}") from None
         files: dict[Path, list[str] | None] = {}
         for name, file in names.items():
             # A shard lies beside its index: a name that leads elsewhere is not one.
-            if not isinstance(file, str) or Path(file).name != file:
+            if not _is_file_name(file):
                 raise CheckpointError(index, f"bad file name {file!r} for tensor {name!r}")
             files.setdefault(self.path / file, []).append(name)
         return files
@@ -213,27 +226,13 @@ class Checkpoint:
             )
         if info.begin == info.end:
             return torch.empty(info.shape, dtype=info.dtype)
-        data = bytearray(self._map(file)[info.begin : info.end])
-        if len(data) != info.end - info.begin:
+        data = bytearray(info.end - info.begin)
+        try:
+            with file.open("rb") as handle:
+                handle.seek(info.begin)
+                count = handle.readinto(data)
+        except OSError as error:
+            raise CheckpointError(file, f"cannot be read: {error.strerror or error}") from error
+        if count != len(data):
             raise CheckpointError(file, f"tensor {name!r} is cut short")
         return torch.frombuffer(data, dtype=torch.uint8).view(info.dtype).reshape(info.shape)
-
-    def _map(self, file: Path) -> mmap.mmap:
-        if file not in self._maps:
-            try:
-                with file.open("rb") as handle:
-                    self._maps[file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-            except (OSError, ValueError) as error:
-                raise CheckpointError(file, f"cannot be mapped: {error}") from error
-        return self._maps[file]
-
-    def close(self) -> None:
-        for mapped in self._maps.values():
-            mapped.close()
-        self._maps.clear()
-
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()

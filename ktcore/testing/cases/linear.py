@@ -1,0 +1,167 @@
+"""Cases of `linear`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ktcore import _native, ops
+from ktcore.formats import get_format
+from ktcore.testing import oracle
+from ktcore.testing.cases import inputs
+from ktcore.testing.cases.moe import BF16, F16, F32, _name, same_in_batch
+from ktcore.testing.oracle import Outcome
+
+
+@dataclass(frozen=True)
+class LinearCase:
+    """One call, held against the oracle; `compare` is a further look at the result."""
+
+    name: str
+    shape: tuple[int, int] = (48, 65)  # of the weight: [O, I]
+    leading: tuple[int, ...] = (17,)  # of x, before I
+    dtype: torch.dtype = F32
+    bias: torch.dtype | None = None
+    exact: bool = False
+    x: str = "normal"
+    layout: str = "dense"
+    stored: str = "quantised"
+    compare: Callable[[Call, Tensor, str], Outcome] | None = None
+
+    op = "linear"
+
+    def applies(self, format: str | None) -> bool:
+        return format is not None and inputs.applies(self.stored, format)
+
+    def run(self, format: str | None, backend: str) -> Outcome:
+        assert format is not None
+        call = Call(self, format)
+        got = call()
+        shape = (*self.leading, self.shape[0])
+        if got.dtype != self.dtype or got.shape != shape:
+            return Outcome(
+                problem=f"output is {got.dtype} {tuple(got.shape)}, expected {self.dtype} {shape}"
+            )
+        limits = get_format(format)
+        tolerance = limits.exact_tolerance if self.exact else limits.tolerance
+        want = oracle.linear(call.x, call.weight, call.bias)
+        outcome = oracle.judge(
+            got.reshape(-1, self.shape[0]), want.reshape(-1, self.shape[0]), tolerance
+        )
+        if outcome.problem or self.compare is None:
+            return outcome
+        return self.compare(call, got, backend)
+
+
+class Call:
+    """A case's arguments; calling it calls the operator, with another x if one is given."""
+
+    def __init__(self, case: LinearCase, format: str):
+        self.case = case
+        rows, columns = case.shape
+        self.weight = inputs.matrix(format, rows, columns, case.stored)
+        tokens = torch.Size(case.leading).numel()
+        x = inputs.activations(case.x, tokens, columns, case.dtype, case.name)
+        x = inputs.lay_out(x, case.layout)
+        self.x = x if case.leading == (tokens,) else x.reshape(*case.leading, columns)
+        rng = inputs.generator(case.name + " bias")
+        self.bias = None if case.bias is None else torch.randn(rows, generator=rng).to(case.bias)
+
+    def __call__(self, x: Tensor | None = None) -> Tensor:
+        return ops.linear(self.x if x is None else x, self.weight, self.bias, exact=self.case.exact)
+
+
+def others_untouched(call: Call, got: Tensor, backend: str) -> Outcome:
+    """What spoils a token stays in it."""
+    spoiled = inputs.SPOILED[call.case.x]
+    clean = call.x.clone()
+    clean[spoiled] = 0
+    others = [t for t in range(call.x.shape[0]) if t not in spoiled]
+    return oracle.same_bits(got[others], call(clean)[others], "where other tokens were spoiled")
+
+
+def any_batch(call: Call, got: Tensor, backend: str) -> Outcome:
+    tokens = call.x.shape[0]
+    everything = torch.arange(tokens)
+    for part in (everything[-1:], everything[1::2], everything.flip(0)):
+        what = f"in a batch of {len(part)}"
+        outcome = same_in_batch(call(call.x[part]), got[part], backend, what)
+        if outcome.problem:
+            return outcome
+    return outcome
+
+
+def any_threads(call: Call, got: Tensor, backend: str) -> Outcome:
+    before = _native.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            _native.set_num_threads(threads)
+            outcome = oracle.same_bits(call(), got, f"with {threads} thread(s)")
+            if outcome.problem:
+                return outcome
+    finally:
+        _native.set_num_threads(before)
+    return outcome
+
+
+SHAPES = ((33, 40), (48, 65), (100, 129), (160, 200), (256, 256))
+TOKENS = (0, 1, 2, 3, 17, 64, 513)
+
+
+def _cases() -> list[LinearCase]:
+    out = [LinearCase(f"{o}x{i} tokens={t}", (o, i), (t,)) for o, i in SHAPES for t in TOKENS]
+    out += [
+        LinearCase(
+            f"{_name(dtype)} tokens={t}" + (" exact" if exact else ""),
+            (100, 129),
+            (t,),
+            dtype,
+            exact=exact,
+        )
+        for dtype in (F32, F16, BF16)
+        for t in (1, 17)
+        for exact in (False, True)
+    ]
+    out += [
+        LinearCase(f"bias {_name(bias)}", dtype=dtype, bias=bias)
+        for dtype, bias in ((F32, F32), (BF16, BF16), (F16, F16), (BF16, torch.float64))
+    ]
+    out += [
+        LinearCase("one vector", leading=()),
+        LinearCase("one vector bias", leading=(), bias=F32),
+        LinearCase("x [2, 3, I]", leading=(2, 3)),
+        LinearCase("x [2, 0, I]", leading=(2, 0)),
+        LinearCase("smallest 1x1", (1, 1)),
+        LinearCase("one row of weights", (1, 129), bias=F32),
+        LinearCase("one column of weights", (129, 1)),
+        LinearCase("long rows", (5, 4099), (3,)),
+    ]
+    out += [
+        LinearCase(f"x {kind} {_name(dtype)}", x=kind, dtype=dtype)
+        for kind in ("zero", "denormal", "huge", "outlier", "uneven")
+        for dtype in (F32, F16, BF16)
+    ]
+    out += [LinearCase(f"x largest {_name(d)}", x="largest", dtype=d) for d in (F32, BF16)]
+    out += [
+        LinearCase(f"x {kind} {_name(dtype)}", x=kind, dtype=dtype, compare=others_untouched)
+        for kind in ("nan", "inf")
+        for dtype in (F32, BF16)
+    ]
+    out += [
+        LinearCase(f"x {layout} {_name(dtype)}", layout=layout, dtype=dtype)
+        for layout in inputs.LAYOUTS[1:]
+        for dtype in (F32, F16)
+    ]
+    out += [LinearCase(f"stored {s}", stored=s, leading=(9,)) for s in inputs.STORED[1:]]
+    out += [
+        LinearCase("bits alike with 1, 2, 5 threads", (256, 256), (65,), compare=any_threads),
+        LinearCase("bits alike in any batch", (100, 129), (19,), compare=any_batch),
+        LinearCase("bits alike in any batch bfloat16", (100, 129), (19,), BF16, compare=any_batch),
+    ]
+    return out
+
+
+CASES = tuple(_cases())

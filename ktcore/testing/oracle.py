@@ -1,0 +1,174 @@
+"""What is right: float64 arithmetic on the dequantised stored weights, and how a result is judged.
+
+The weights are taken as stored, so an error is the kernel's alone. Nothing here is shared with a
+backend.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ktcore.weights import ExpertWeights, QuantTensor
+
+# Kernels may take a group of activations below 1e-30 for zeros (their reciprocal leaves the range
+# of float32). What that can change in an output is below this times any tolerance.
+NEGLIGIBLE = 1e-26
+
+# How far a single token may be off, in tolerances of the whole batch: a token has few experts, so
+# its error scatters around the batch's, but one wrong token must not hide behind 512 right ones.
+TOKEN_SLACK = 2.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a case went. `problem` is empty if all is well; error and tolerance may not apply."""
+
+    error: float | None = None
+    tolerance: float | None = None
+    problem: str = ""
+
+
+# ------------------------------------------------------------------------------------- operators
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    if activation == "silu":
+        return x / (1 + torch.exp(-x))
+    assert activation == "gelu_tanh", activation
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def moe(
+    x: Tensor, experts: ExpertWeights, topk_ids: Tensor, topk_weights: Tensor, activation: str
+) -> tuple[Tensor, Tensor]:
+    """Outputs [T, H] in float64 and, per token, the sum of the norms of its experts' terms [T].
+
+    The norms are the scale that a token's error is held against: terms may cancel each other.
+    """
+    gate, up, down = (w.dequantize(torch.float64) for w in (experts.gate, experts.up, experts.down))
+    x, weights = x.to(torch.float64), topk_weights.to(torch.float64)
+    out = torch.zeros_like(x)
+    magnitude = torch.zeros(x.shape[0], dtype=torch.float64)
+    for e in range(experts.num_experts):
+        tokens, slots = torch.nonzero(topk_ids == e, as_tuple=True)
+        if len(tokens) == 0:
+            continue
+        h = activate(x[tokens] @ gate[e].T, activation) * (x[tokens] @ up[e].T)
+        y = (h @ down[e].T) * weights[tokens, slots, None]
+        out.index_add_(0, tokens, y)
+        magnitude.index_add_(0, tokens, y.norm(dim=-1))
+    return out, magnitude
+
+
+def linear(x: Tensor, weight: QuantTensor, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias in float64."""
+    y = x.to(torch.float64) @ weight.dequantize(torch.float64).T
+    return y if bias is None else y + bias.to(torch.float64)
+
+
+def scores(logits: Tensor, scoring: str) -> Tensor:
+    logits = logits.to(torch.float64)
+    if scoring == "sigmoid":
+        return 1 / (1 + torch.exp(-logits))
+    powers = torch.exp(logits - logits.amax(-1, keepdim=True))
+    return powers / powers.sum(-1, keepdim=True)
+
+
+def route_choice(
+    scores: list[float], bias: list[float] | None, n_group: int, topk_group: int
+) -> list[float]:
+    """What a token's experts are ranked by; experts of groups that it may not use are NaN.
+
+    An expert whose score is NaN ranks as -inf: last, but selectable.
+    """
+    choice = scores if bias is None else [s + b for s, b in zip(scores, bias, strict=True)]
+    choice = [-math.inf if math.isnan(c) else c for c in choice]
+    if n_group == 1:
+        return choice
+    size = len(choice) // n_group
+    counted = 1 if bias is None else min(2, size)
+    strength = [
+        sum(sorted(choice[g * size : (g + 1) * size], reverse=True)[:counted])
+        for g in range(n_group)
+    ]
+    kept = sorted(range(n_group), key=lambda g: (-strength[g], g))[:topk_group]
+    return [c if i // size in kept else math.nan for i, c in enumerate(choice)]
+
+
+def ranked(choice: list[float]) -> list[int]:
+    """Selectable experts, best first, ties to the lower index."""
+    selectable = [i for i, c in enumerate(choice) if not math.isnan(c)]
+    return sorted(selectable, key=lambda i: (-choice[i], i))
+
+
+# --------------------------------------------------------------------------------------- judging
+
+
+def judge(got: Tensor, want: Tensor, tolerance: float, magnitude: Tensor | None = None) -> Outcome:
+    """Hold an output [T, N] against the oracle's.
+
+    The error is the relative L2 deviation beyond what rounding to the output's type costs. Where
+    the oracle is not finite, or beyond the type's range, the output must not be finite, and only
+    there.
+
+    Args:
+        got: the output.
+        want: float64.
+        tolerance: largest relative L2 error.
+        magnitude: [T], what a token's deviation is relative to; by default its norm in `want`.
+    """
+    if got.shape != want.shape:
+        return Outcome(problem=f"shape {tuple(got.shape)}, expected {tuple(want.shape)}")
+    info = torch.finfo(got.dtype)
+    actual = got.to(torch.float64)
+    beyond = ~(want.abs() <= info.max * (1 + TOKEN_SLACK * tolerance))
+    within = want.abs() <= info.max * (1 - TOKEN_SLACK * tolerance)
+    if (wrong := beyond & actual.isfinite()).any():
+        at = wrong.nonzero()[0].tolist()
+        return Outcome(
+            problem=f"output{at} is {actual[tuple(at)]:.4g}, where {want[tuple(at)]:.4g} is due"
+        )
+    if (wrong := within & ~actual.isfinite()).any():
+        at = wrong.nonzero()[0].tolist()
+        return Outcome(
+            problem=f"output{at} is {actual[tuple(at)]}, where {want[tuple(at)]:.4g} is due"
+        )
+    rounding = (want.abs() * (info.eps / 2)).clamp(min=info.smallest_normal * info.eps / 2)
+    deviation = ((actual - want).abs() - rounding).clamp(min=0)
+    deviation = torch.where(within, deviation, torch.zeros_like(deviation))
+    expected = torch.where(within, want, torch.zeros_like(want))
+    error = (deviation.norm() / expected.norm().clamp(min=NEGLIGIBLE)).item()
+    if not error <= tolerance:
+        return Outcome(error, tolerance, f"relative error {error:.3g}, allowed {tolerance:.3g}")
+    scale = expected.norm(dim=-1) if magnitude is None else magnitude.nan_to_num(nan=math.inf)
+    per_token = deviation.norm(dim=-1) / scale.clamp(min=NEGLIGIBLE)
+    worst = per_token.max().item() if len(per_token) else 0.0
+    if not worst <= TOKEN_SLACK * tolerance:
+        return Outcome(
+            worst,
+            TOKEN_SLACK * tolerance,
+            f"token {int(per_token.argmax())} is off by {worst:.3g}, allowed "
+            f"{TOKEN_SLACK * tolerance:.3g}",
+        )
+    return Outcome(error, tolerance)
+
+
+def same_bits(got: Tensor, want: Tensor, what: str) -> Outcome:
+    """Both must be equal bit for bit (NaNs may differ in their payload)."""
+    equal = (got == want) | (got.isnan() & want.isnan())
+    if got.shape == want.shape and got.dtype == want.dtype and equal.all():
+        return Outcome(0.0, 0.0)
+    off = int((~equal).sum())
+    return Outcome(None, 0.0, f"{off} of {equal.numel()} values differ {what}")
+
+
+def close(got: Tensor, want: Tensor, tolerance: float, what: str) -> Outcome:
+    """Equal within a relative L2 tolerance."""
+    got, want = got.to(torch.float64), want.to(torch.float64)
+    error = ((got - want).norm() / want.norm().clamp(min=NEGLIGIBLE)).item()
+    problem = "" if error <= tolerance else f"differs by {error:.3g} {what}"
+    return Outcome(error, tolerance, problem)
