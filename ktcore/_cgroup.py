@@ -21,7 +21,7 @@ def folders(controller: str) -> list[Path]:
     root = ROOT / controller if controller else ROOT
     own = ""
     for line in (read(OWN) or "").splitlines():
-        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
         if (controller in controllers.split(",")) if controller else controllers == "":
             own = path.lstrip("/")
     folder, out = root / own, []

@@ -1,0 +1,48 @@
+"""Set ktcore up and run its tests: one command on a fresh checkout.
+
+    python3 ci/test.py [-- options of pytest]
+
+Makes a private environment in .ktcore-env, installs ktcore there with what the tests need, then
+runs the linters and the tests, all but the slow ones. With options it runs pytest alone:
+`python3 ci/test.py -- -k moe`, or `-- -m slow` for the slow tests.
+"""
+
+import os
+import sys
+
+import _check_python  # noqa: F401
+import _environment
+
+CPP = (".h", ".cpp", ".inl")
+
+
+def checks(python, options):
+    """What to run, by name."""
+    module = [python, "-m"]
+    tests = module + ["pytest", "-m", "not slow"] + options
+    if options:
+        return {"pytest": tests}
+    clang_format = os.path.join(os.path.dirname(python), "clang-format")
+    csrc = _environment.ROOT / "csrc"
+    sources = sorted(str(path) for path in csrc.rglob("*") if path.suffix in CPP)
+    return {
+        "ruff check": module + ["ruff", "check", "."],
+        "ruff format": module + ["ruff", "format", "--check", "."],
+        "clang-format": [clang_format, "--dry-run", "-Werror"] + sources,
+        "pytest": tests,
+    }
+
+
+def main(arguments):
+    options = arguments[1:] if arguments[:1] == ["--"] else arguments
+    failed = []
+    for name, command in checks(_environment.ready("test"), options).items():
+        _environment.announce(name)
+        if _environment.call(command):
+            failed.append(name)
+    _environment.announce("failed: " + ", ".join(failed) if failed else "all passed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(_environment.run(main, __doc__))
