@@ -177,6 +177,9 @@ struct Simd {
   }
 #endif
 
+  static KT_INLINE void prefetch_l2(const uint8_t* p) {
+    _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
+  }
   static KT_INLINE void prefetch(const uint8_t* p) {
     _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
   }

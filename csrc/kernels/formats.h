@@ -460,7 +460,11 @@ static void multiply(const uint8_t* block, int64_t groups, const TokenTile* tile
     for (int64_t first = 0; first < groups; first += kStep) {
       const int64_t piece = groups - first < kStep ? groups - first : kStep;
       Format::expand(block, first, piece, panel);
+      // What the next panel, or the next block, is made of comes from memory meanwhile.
+      const uint8_t* next = block + (first + kStep) * group_bytes(Format::kFormat);
+      const int64_t lines = ceil_div(kStep * group_bytes(Format::kFormat) / 64, count);
       for (int i = 0; i < count; ++i) {
+        for (int64_t line = 0; line < lines; ++line, next += 64) S::prefetch_l2(next);
         dot_panel<Format>(tiles[i].tokens * planes, panel, first, piece, groups, encoded(tiles[i]),
                           place(tiles[i]));
       }
