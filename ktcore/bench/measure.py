@@ -253,7 +253,7 @@ class Bench:
         Raises:
             DoesNotFit: the weights take more than half of the available memory.
         """
-        with use_threads(self.settings.threads), torch.no_grad():
+        with use_threads(self.settings.threads), torch.inference_mode():
             # Copying needs no second thread of torch's, and such threads wait badly for a busy CPU.
             torch.set_num_threads(1)
             self._prepare(progress)
