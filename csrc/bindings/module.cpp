@@ -61,6 +61,11 @@ const KernelTable& best_kernels() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native CPU kernels of ktcore, for every instruction set at once.";
+#if defined(KTCORE_EMULATE_AVX512)
+  m.attr("emulates_avx512") = true;
+#else
+  m.attr("emulates_avx512") = false;
+#endif
 
   m.def(
       "cpu_features",

@@ -86,7 +86,16 @@ std::vector<CpuFeature> detect() { return {}; }
 }  // namespace
 
 const std::vector<CpuFeature>& cpu_features() {
-  static const std::vector<CpuFeature> features = detect();
+  static const std::vector<CpuFeature> features = [] {
+    auto found = detect();
+#if defined(KTCORE_EMULATE_AVX512)
+    // The kernels compiled for these contain AVX2 instructions only.
+    for (CpuFeature& f : found) {
+      if (std::string(f.name).starts_with("avx512")) f.cpu = f.os = true;
+    }
+#endif
+    return found;
+  }();
   return features;
 }
 

@@ -16,16 +16,6 @@ KTCORE_DECLARE(avx2_vnni)
 KTCORE_DECLARE(avx512)
 KTCORE_DECLARE(avx512_vnni)
 KTCORE_DECLARE(avx512_bf16)
-
-// What AVX-512 kernels need, beside `more`; emulated ones need no more than the AVX2 kernels.
-static std::vector<const char*> avx512_and(std::vector<const char*> more) {
-#if defined(KTCORE_EMULATE_AVX512)
-  more = {"avx2", "fma", "f16c"};
-#else
-  more.insert(more.begin(), {"avx512f", "avx512bw", "avx512dq", "avx512vl"});
-#endif
-  return more;
-}
 #endif
 
 const std::vector<Isa>& isas() {
@@ -33,9 +23,15 @@ const std::vector<Isa>& isas() {
 #if defined(__x86_64__) || defined(_M_X64)
       {"avx2", "avx2", {"avx2", "fma", "f16c"}, &avx2::table},
       {"avx2_vnni", "avx2", {"avx2", "fma", "f16c", "avx_vnni"}, &avx2_vnni::table},
-      {"avx512", "avx512", avx512_and({}), &avx512::table},
-      {"avx512_vnni", "avx512", avx512_and({"avx512_vnni"}), &avx512_vnni::table},
-      {"avx512_bf16", "avx512", avx512_and({"avx512_vnni", "avx512_bf16"}), &avx512_bf16::table},
+      {"avx512", "avx512", {"avx512f", "avx512bw", "avx512dq", "avx512vl"}, &avx512::table},
+      {"avx512_vnni",
+       "avx512",
+       {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"},
+       &avx512_vnni::table},
+      {"avx512_bf16",
+       "avx512",
+       {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16"},
+       &avx512_bf16::table},
 #endif
   };
   return all;

@@ -64,10 +64,15 @@ def moe(
     return out, magnitude
 
 
-def linear(x: Tensor, weight: QuantTensor, bias: Tensor | None) -> Tensor:
-    """x @ weight.T + bias in float64."""
-    y = x.to(torch.float64) @ weight.dequantize(torch.float64).T
-    return y if bias is None else y + bias.to(torch.float64)
+def linear(x: Tensor, weight: QuantTensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """x @ weight.T + bias in float64, and per token the norm of all products that it sums.
+
+    Those norms are the scale that a token's error is held against: products may cancel each other.
+    """
+    x, matrix = x.to(torch.float64), weight.dequantize(torch.float64)
+    y = x @ matrix.T
+    magnitude = (x.square() @ matrix.square().sum(0)).sqrt()
+    return (y if bias is None else y + bias.to(torch.float64)), magnitude
 
 
 def scores(logits: Tensor, scoring: str) -> Tensor:

@@ -47,9 +47,10 @@ class LinearCase:
             )
         limits = get_format(format)
         tolerance = limits.exact_tolerance if self.exact else limits.tolerance
-        want = oracle.linear(call.x, call.weight, call.bias)
+        want, magnitude = oracle.linear(call.x, call.weight, call.bias)
+        rows = (-1, self.shape[0])
         outcome = oracle.judge(
-            got.reshape(-1, self.shape[0]), want.reshape(-1, self.shape[0]), tolerance
+            got.reshape(rows), want.reshape(rows), tolerance, magnitude.reshape(-1)
         )
         if outcome.problem or self.compare is None:
             return outcome

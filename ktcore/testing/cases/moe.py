@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ktcore import _native, ops
-from ktcore.formats import get_format
+from ktcore.formats import Format, get_format
 from ktcore.testing import oracle
 from ktcore.testing.cases import inputs
 from ktcore.testing.oracle import Outcome
@@ -54,8 +54,7 @@ class MoeCase:
         got = call()
         if got.dtype != self.dtype:
             return Outcome(problem=f"output is {got.dtype}, expected {self.dtype}")
-        limits = get_format(format)
-        tolerance = limits.exact_tolerance if self.exact else limits.tolerance
+        tolerance = self._tolerance(get_format(format))
         want, magnitude = oracle.moe(
             call.x, call.experts, call.topk_ids, call.topk_weights, self.activation
         )
@@ -63,6 +62,15 @@ class MoeCase:
         if outcome.problem or self.compare is None:
             return outcome
         return self.compare(call, got, backend)
+
+    def _tolerance(self, format: Format) -> float:
+        if self.exact:
+            return format.exact_tolerance
+        if self.x == "outlier" and format.arithmetic == "bf16":
+            # Gate and up are that one column's, and share what rounding it to bf16 costs: up to
+            # 2^-9 each, which adds up, where errors of many columns add in squares; and h rounds.
+            return 3 * 2**-9
+        return format.tolerance
 
 
 class Call:
