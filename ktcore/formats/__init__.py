@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from ktcore.formats import floating, integer
-from ktcore.formats.base import Format, Parts
+import importlib
+import pkgutil
 
-__all__ = ["Format", "Parts", "format_names", "get_format"]
+from ktcore.formats.base import Codes, Format, Parts
 
-_FORMATS = {f.name: f for family in (floating, integer) for f in family.FORMATS}
+__all__ = ["Codes", "Format", "Parts", "format_names", "get_format"]
+
+_FORMATS: dict[str, Format] = {
+    format.name: format
+    for module in pkgutil.iter_modules(__path__)
+    for format in getattr(importlib.import_module(f"{__name__}.{module.name}"), "FORMATS", ())
+}
 _ALIASES = {alias: f.name for f in _FORMATS.values() for alias in f.aliases}
 
 

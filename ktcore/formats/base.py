@@ -4,12 +4,38 @@ from __future__ import annotations
 
 import abc
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 Shape = tuple[int, ...]
 Parts = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A weight [..., O, I] as small integers: what integer kernels pack, whatever the file's layout.
+
+    value[..., i] = scales[..., g] * levels[codes[..., i]] + offsets[..., g], where g = i // group_size,
+    exactly: scales and offsets are float32 numbers that the stored ones multiply to without rounding.
+
+    Attributes:
+        codes: uint8 [..., O, I].
+        levels: int8 [number of codes], the integer that each code stands for.
+        scales: float32 [..., O, ceil(I / group_size)].
+        offsets: the same shape, or None where they are all zero.
+        group_size: how many neighbouring weights of a row share a scale; I for one scale a row.
+        columns: int64 [I] or None. Where given, column i of the arrays above is column columns[i] of
+            the weight: formats whose groups are not neighbours (GPTQ's act-order) sort them so.
+    """
+
+    codes: Tensor
+    levels: Tensor
+    scales: Tensor
+    offsets: Tensor | None
+    group_size: int
+    columns: Tensor | None = None
 
 
 class Format(abc.ABC):
@@ -48,6 +74,10 @@ class Format(abc.ABC):
     @abc.abstractmethod
     def dequantize(self, parts: Parts, shape: Shape, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [..., O, I] that parts stand for, computed in float32 (or float64)."""
+
+    def codes(self, parts: Parts, shape: Shape) -> Codes | None:
+        """The weight as small integers, None for a format that does not store such."""
+        return None
 
     def nbytes(self, shape: Shape) -> int:
         """Bytes of all parts of a weight of a logical shape."""

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ktcore.formats.base import Format, Parts, Shape
+from ktcore.formats.base import Codes, Format, Parts, Shape
 
 # Weights that are all below this are stored as zeros: the reciprocal of their scale would leave the
 # range of float32.
@@ -47,6 +47,16 @@ class Int8Channel(Format):
     def dequantize(self, parts: Parts, shape: Shape, dtype: torch.dtype = torch.float32) -> Tensor:
         wide = _wide(dtype)
         return (parts["data"].to(wide) * parts["scales"].to(wide)[..., None]).to(dtype)
+
+
+    def codes(self, parts: Parts, shape: Shape) -> Codes:
+        return Codes(
+            codes=parts["data"].view(torch.uint8) ^ 128,
+            levels=torch.arange(-128, 128, dtype=torch.int8),
+            scales=parts["scales"][..., None],
+            offsets=None,
+            group_size=shape[-1],
+        )
 
 
 class Int4Group32(Format):
@@ -115,6 +125,16 @@ class Int4Group32(Format):
         if q.numel():
             q = (grouped * scales.to(wide)[..., None]).flatten(-2)
         return q[..., : shape[-1]].to(dtype)
+
+    def codes(self, parts: Parts, shape: Shape) -> Codes:
+        data = parts["data"]
+        return Codes(
+            codes=torch.stack([data & 15, data >> 4], dim=-1).flatten(-2)[..., : shape[-1]],
+            levels=torch.arange(-8, 8, dtype=torch.int8),
+            scales=parts["scales"].to(torch.float32),
+            offsets=None,
+            group_size=self.group_size,
+        )
 
 
 FORMATS = [Int8Channel(), Int4Group32()]
