@@ -15,10 +15,13 @@ Parts = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Codes:
-    """A weight [..., O, I] as small integers: what integer kernels pack, whatever the file's layout.
+    """A weight [..., O, I] as small integers: what integer kernels pack, whatever the file.
 
-    value[..., i] = scales[..., g] * levels[codes[..., i]] + offsets[..., g], where g = i // group_size,
-    exactly: scales and offsets are float32 numbers that the stored ones multiply to without rounding.
+    With g = i // group_size, exactly::
+
+        value[..., i] = scales[..., g] * levels[codes[..., i]] + offsets[..., g]
+
+    Scales and offsets are float32, which the products of the stored numbers fit without rounding.
 
     Attributes:
         codes: uint8 [..., O, I].
@@ -26,8 +29,8 @@ class Codes:
         scales: float32 [..., O, ceil(I / group_size)].
         offsets: the same shape, or None where they are all zero.
         group_size: how many neighbouring weights of a row share a scale; I for one scale a row.
-        columns: int64 [I] or None. Where given, column i of the arrays above is column columns[i] of
-            the weight: formats whose groups are not neighbours (GPTQ's act-order) sort them so.
+        columns: int64 [I] or None. Where given, column i above is column columns[i] of the weight:
+            formats whose groups are not neighbours (GPTQ's act-order) sort them so.
     """
 
     codes: Tensor
@@ -78,6 +81,10 @@ class Format(abc.ABC):
     def codes(self, parts: Parts, shape: Shape) -> Codes | None:
         """The weight as small integers, None for a format that does not store such."""
         return None
+
+    def example(self, shape: Shape, generator: torch.Generator) -> Parts:
+        """Random parts of about unit size, as files hold them: for tests and benchmarks."""
+        return self.quantize(torch.randn(shape, generator=generator))
 
     def nbytes(self, shape: Shape) -> int:
         """Bytes of all parts of a weight of a logical shape."""

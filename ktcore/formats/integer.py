@@ -48,7 +48,6 @@ class Int8Channel(Format):
         wide = _wide(dtype)
         return (parts["data"].to(wide) * parts["scales"].to(wide)[..., None]).to(dtype)
 
-
     def codes(self, parts: Parts, shape: Shape) -> Codes:
         return Codes(
             codes=parts["data"].view(torch.uint8) ^ 128,
