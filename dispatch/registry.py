@@ -35,10 +35,14 @@ class BackendUnavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class Request:
-    """What an operator call needs: everything that the choice may depend on."""
+    """What an operator call needs: everything that the choice may depend on.
+
+    `down_format` is that of `moe`'s down matrices where it is not `format`.
+    """
 
     op: str
     format: str | None = None
+    down_format: str | None = None
     tokens: int = 1
     hidden_size: int = 0
     intermediate_size: int = 0
@@ -140,7 +144,8 @@ class Explanation:
 
     def __str__(self) -> str:
         r = self.request
-        what = f"{r.op}" + (f" {r.format}" if r.format else "") + f", {r.tokens} token(s)"
+        formats = "+".join(filter(None, (r.format, r.down_format)))
+        what = f"{r.op}" + (f" {formats}" if formats else "") + f", {r.tokens} token(s)"
         if self.judged_tokens != r.tokens:
             what += f" (judged as {self.judged_tokens})"
         lines = [f"{what}: {self.chosen or 'nothing can serve this'}"]
@@ -392,6 +397,7 @@ def select(request: Request) -> Implementation:
     key = (
         request.op,
         request.format,
+        request.down_format,
         _bucket(request.tokens),
         request.hidden_size,
         request.intermediate_size,
@@ -415,7 +421,8 @@ def _choose(request: Request) -> Implementation:
         assert candidates[0].implementation is not None
         return candidates[0].implementation
     reasons = "; ".join(f"{c.backend}: {c.reason}" for c in candidates)
-    what = f"{request.op}" + (f" in {request.format}" if request.format else "")
+    formats = " and ".join(filter(None, (request.format, request.down_format)))
+    what = f"{request.op}" + (f" in {formats}" if formats else "")
     raise BackendUnavailable(f"no backend serves {what} on {request.device}: {reasons}")
 
 
@@ -435,8 +442,9 @@ def _judge(
     """Why an implementation cannot serve a request (None if it can), its cost, its variant."""
     try:
         detail = i.detail(machine)
-        if i.formats and request.format not in i.formats:
-            return f"does not take {request.format}; takes {', '.join(i.formats)}", None, detail
+        for format in (request.format, request.down_format or request.format):
+            if i.formats and format not in i.formats:
+                return f"does not take {format}; takes {', '.join(i.formats)}", None, detail
         reason = i.supports(request, machine)
         return reason, None if reason else i.cost(request, machine), detail
     except Exception as error:  # a broken backend must not take the others down
@@ -486,8 +494,8 @@ def explain(
         op: moe, linear, dequantize, quantize or route.
         format: stored weight format, by name or alias, for operators with weights.
         tokens: number of tokens of the call.
-        fields: any other field of `Request`: hidden_size, intermediate_size, num_experts, top_k,
-            dtype, device, exact.
+        fields: any other field of `Request`: down_format, hidden_size, intermediate_size,
+            num_experts, top_k, dtype, device, exact.
 
     Raises:
         ValueError: unknown operator or format.
@@ -501,6 +509,10 @@ def explain(
         format = get_format(format).name
     elif op != "route":
         format = "bf16"
+    if fields.get("down_format") is not None:
+        from ktcore.formats import get_format
+
+        fields["down_format"] = get_format(fields["down_format"]).name
     request = Request(op=op, format=None if op == "route" else format, tokens=tokens, **fields)
     # As `select` judges it: by size class.
     judged = replace(request, tokens=_bucket(tokens))

@@ -6,15 +6,20 @@ import torch
 from torch import Tensor
 
 from ktcore import _native
-from ktcore.backends.native.packing import packed_experts, packed_matrix
+from ktcore.backends.native.packing import (
+    DTYPES,
+    OWN_LAYOUT,
+    is_packable,
+    packed_experts,
+    packed_matrix,
+)
 from ktcore.dispatch import figures, probe
 from ktcore.dispatch.machine import Machine
 from ktcore.dispatch.registry import Implementation, Request
-from ktcore.formats import get_format
+from ktcore.formats import format_names, get_format
 from ktcore.weights import ExpertWeights, QuantTensor
 
-FORMATS = ("bf16", "int8", "int4_g32")
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+FORMATS = tuple(name for name in format_names() if is_packable(get_format(name)))
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 SCORING = {"softmax": 0, "sigmoid": 1}
 MAX_EXPERTS = 4096  # of the route kernel's tables
@@ -245,7 +250,7 @@ def operators(backend: str) -> list[Implementation]:
     return [
         implementation("moe", FORMATS, moe, lambda r, m: _moe_cost(backend, r, m)),
         implementation("linear", FORMATS, linear, lambda r, m: _linear_cost(backend, r, m)),
-        implementation("dequantize", FORMATS, dequantize, flat),
-        implementation("quantize", FORMATS, quantize, flat),
+        implementation("dequantize", OWN_LAYOUT, dequantize, flat),
+        implementation("quantize", OWN_LAYOUT, quantize, flat),
         implementation("route", (), route, flat, _route_fits),
     ]

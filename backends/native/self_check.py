@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ktcore.backends.native.operators import FORMATS, operators
+from ktcore.backends.native.operators import operators
+from ktcore.backends.native.packing import OWN_LAYOUT
 from ktcore.weights import ExpertWeights
 
 
@@ -23,7 +24,7 @@ def self_check(backend: str) -> None:
 
     x, weights = random(3, 40), torch.rand(3, 2, generator=generator)
     ids = torch.tensor([[0, 1], [2, -1], [1, 1]])
-    for format in FORMATS:
+    for format in OWN_LAYOUT:
         experts = ExpertWeights.from_dense(
             random(3, 48, 40) / 6, random(3, 48, 40) / 6, random(3, 40, 48) / 7, format
         )

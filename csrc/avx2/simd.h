@@ -90,6 +90,13 @@ struct Simd {
     const I shifted = _mm256_srli_epi16(a, 4 * N);
     return N == 3 ? shifted : _mm256_and_si256(shifted, _mm256_set1_epi16(15));
   }
+  static KT_INLINE I low_nibbles(I a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
+  static KT_INLINE I high_nibbles(I a) { return low_nibbles(_mm256_srli_epi16(a, 4)); }
+  // A table of 16 bytes, and what bytes 0 to 15 look up in it.
+  static KT_INLINE I table16(const int8_t* p) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static KT_INLINE I look_up(I table, I bytes) { return _mm256_shuffle_epi8(table, bytes); }
   static KT_INLINE I sub_i16(I a, I b) { return _mm256_sub_epi16(a, b); }
   static KT_INLINE I set1_i16(int16_t v) { return _mm256_set1_epi16(v); }
   static KT_INLINE void store_i(void* p, I v) {
@@ -123,9 +130,9 @@ struct Simd {
     std::memcpy(&out, &bits, 4);
     return out;
   }
-  // Rounds 32 values v * inverse to 16-bit integers and returns their sum. Of each four, the middle
-  // two change places: see encode.h.
-  static KT_INLINE int32_t encode16(const F* v, F inverse, int16_t* out) {
+  // Rounds 32 values v * inverse to 16-bit integers; `sum` is of 16 each. Of each four, the middle two
+  // change places: see encode.h.
+  static KT_INLINE void encode16(const F* v, F inverse, int16_t* out, int32_t* sum) {
     I n[4];
     KT_UNROLL
     for (int i = 0; i < 4; ++i) n[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], inverse));
@@ -136,11 +143,14 @@ struct Simd {
       q = _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(q, 0xd8), 0xd8);
       store_i(out + 16 * i, q);
     }
-    const I sum = _mm256_add_epi32(_mm256_add_epi32(n[0], n[1]), _mm256_add_epi32(n[2], n[3]));
-    __m128i x = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
-    x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0x4e));
-    x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0xb1));
-    return _mm_cvtsi128_si32(x);
+    KT_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const I s = _mm256_add_epi32(n[2 * i], n[2 * i + 1]);
+      __m128i x = _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
+      x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0x4e));
+      x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0xb1));
+      sum[i] = _mm_cvtsi128_si32(x);
+    }
   }
   // Rounds 32 values v * inverse to int8.
   static KT_INLINE void quantize32(const F* v, F inverse, int8_t* out) {

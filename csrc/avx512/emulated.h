@@ -35,6 +35,7 @@ KT_HALVES2(I512, and_si512, _mm256_and_si256)
 KT_HALVES2(I512, xor_si512, _mm256_xor_si256)
 KT_HALVES2(I512, madd_epi16, _mm256_madd_epi16)
 KT_HALVES2(I512, maddubs_epi16, _mm256_maddubs_epi16)
+KT_HALVES2(I512, shuffle_epi8, _mm256_shuffle_epi8)
 KT_SHIFT(slli_epi16, _mm256_slli_epi16)
 KT_SHIFT(srli_epi16, _mm256_srli_epi16)
 KT_SHIFT(srai_epi16, _mm256_srai_epi16)
@@ -46,6 +47,10 @@ static inline I512 setzero_si512() { return {_mm256_setzero_si256(), _mm256_setz
 static inline F512 set1_ps(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
 static inline I512 set1_epi32(int v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
 static inline I512 set1_epi16(short v) { return {_mm256_set1_epi16(v), _mm256_set1_epi16(v)}; }
+static inline I512 set1_epi8(char v) { return {_mm256_set1_epi8(v), _mm256_set1_epi8(v)}; }
+static inline I512 broadcast_i32x4(__m128i a) {
+  return {_mm256_broadcastsi128_si256(a), _mm256_broadcastsi128_si256(a)};
+}
 static inline F512 loadu_ps(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 static inline void storeu_ps(float* p, F512 v) {
   _mm256_storeu_ps(p, v.lo);
@@ -203,6 +208,7 @@ static inline F512 dpbf16_ps(F512 acc, I512 a, I512 b) {
 #define _mm512_add_epi32 ::ktcore::emulated::add_epi32
 #define _mm512_add_ps ::ktcore::emulated::add_ps
 #define _mm512_and_si512 ::ktcore::emulated::and_si512
+#define _mm512_broadcast_i32x4 ::ktcore::emulated::broadcast_i32x4
 #define _mm512_castps_si512 ::ktcore::emulated::castps_si512
 #define _mm512_castsi512_ps ::ktcore::emulated::castsi512_ps
 #define _mm512_cmp_ps_mask(a, b, p) ::ktcore::emulated::cmp_ps_mask<p>(a, b)
@@ -235,6 +241,8 @@ static inline F512 dpbf16_ps(F512 acc, I512 a, I512 b) {
 #define _mm512_scalef_ps ::ktcore::emulated::scalef_ps
 #define _mm512_set1_epi16 ::ktcore::emulated::set1_epi16
 #define _mm512_set1_epi32 ::ktcore::emulated::set1_epi32
+#define _mm512_set1_epi8 ::ktcore::emulated::set1_epi8
+#define _mm512_shuffle_epi8 ::ktcore::emulated::shuffle_epi8
 #define _mm512_set1_ps ::ktcore::emulated::set1_ps
 #define _mm512_setzero_ps ::ktcore::emulated::setzero_ps
 #define _mm512_setzero_si512 ::ktcore::emulated::setzero_si512

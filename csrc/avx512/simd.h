@@ -82,6 +82,13 @@ struct Simd {
     const I shifted = _mm512_srli_epi16(a, 4 * N);
     return N == 3 ? shifted : _mm512_and_si512(shifted, _mm512_set1_epi16(15));
   }
+  static KT_INLINE I low_nibbles(I a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
+  static KT_INLINE I high_nibbles(I a) { return low_nibbles(_mm512_srli_epi16(a, 4)); }
+  // A table of 16 bytes, and what bytes 0 to 15 look up in it.
+  static KT_INLINE I table16(const int8_t* p) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static KT_INLINE I look_up(I table, I bytes) { return _mm512_shuffle_epi8(table, bytes); }
   static KT_INLINE I sub_i16(I a, I b) { return _mm512_sub_epi16(a, b); }
   static KT_INLINE I set1_i16(int16_t v) { return _mm512_set1_epi16(v); }
   static KT_INLINE void store_i(void* p, I v) { _mm512_storeu_si512(p, v); }
@@ -103,19 +110,17 @@ struct Simd {
     std::memcpy(&out, &m, 4);
     return out;
   }
-  // Rounds 32 values v * inverse to 16-bit integers and returns their sum. Of each four, the middle
-  // two change places: see encode.h.
-  static KT_INLINE int32_t encode16(const F* v, F inverse, int16_t* out) {
-    I sum = _mm512_setzero_si512();
+  // Rounds 32 values v * inverse to 16-bit integers; `sum` is of 16 each. Of each four, the middle two
+  // change places: see encode.h.
+  static KT_INLINE void encode16(const F* v, F inverse, int16_t* out, int32_t* sum) {
     KT_UNROLL
     for (int i = 0; i < 2; ++i) {
       const I n = _mm512_cvtps_epi32(_mm512_mul_ps(v[i], inverse));
       __m256i q = _mm512_cvtepi32_epi16(n);
       q = _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(q, 0xd8), 0xd8);
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 16 * i), q);
-      sum = _mm512_add_epi32(sum, n);
+      sum[i] = _mm512_reduce_add_epi32(n);
     }
-    return _mm512_reduce_add_epi32(sum);
   }
   // Rounds 32 values v * inverse to int8.
   static KT_INLINE void quantize32(const F* v, F inverse, int8_t* out) {

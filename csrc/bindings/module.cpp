@@ -21,10 +21,21 @@ T* pointer(uintptr_t address) {
 }
 
 WeightFormat format_of(const std::string& name) {
-  if (name == "bf16") return WeightFormat::bf16;
-  if (name == "int8") return WeightFormat::int8;
-  if (name == "int4_g32") return WeightFormat::int4_g32;
+  static constexpr const char* kNames[kWeightFormats] = {
+      "bf16", "int8", "int4_g32", "nibbles", "nibbles_g16", "bytes", "bytes_g16"};
+  for (int i = 0; i < kWeightFormats; ++i) {
+    if (name == kNames[i]) return static_cast<WeightFormat>(i);
+  }
   throw std::invalid_argument("format: no native kernels for '" + name + "'");
+}
+
+// quantize and dequantize know stored formats, not layouts.
+WeightFormat stored_format_of(const std::string& name) {
+  const WeightFormat format = format_of(name);
+  if (format >= WeightFormat::nibbles) {
+    throw std::invalid_argument("format: '" + name + "' is a layout, not a stored format");
+  }
+  return format;
 }
 
 DType dtype_of(int code) {
@@ -55,6 +66,22 @@ const KernelTable& best_kernels() {
   }
   if (best == nullptr) throw std::runtime_error("no native instruction set runs on this machine");
   return *best;
+}
+
+StoredMatrix stored_matrix(const WeightLayout& layout, uintptr_t data, uintptr_t scales,
+                           uintptr_t offsets, int64_t group_size) {
+  if (layout.coded()) {
+    need_positive("group_size", group_size);
+    if (scales == 0 || (layout.offsets && offsets == 0)) {
+      throw std::invalid_argument("scales, offsets: this layout needs them");
+    }
+  }
+  StoredMatrix out{};
+  out.data = pointer<const void>(data);
+  out.scales = pointer<const void>(scales);
+  out.offsets = pointer<const float>(offsets);
+  out.group_size = group_size;
+  return out;
 }
 
 }  // namespace
@@ -122,45 +149,73 @@ PYBIND11_MODULE(_C, m) {
       py::arg("isa"), py::arg("kind"), py::arg("threads"),
       "Gop/s that dot products reach in registers; a multiply-add counts as two.");
 
+  py::class_<WeightLayout>(m, "WeightLayout")
+      .def(py::init([](const std::string& format, int scale_type, bool offsets,
+                       const std::vector<int>& levels) {
+             WeightLayout layout;
+             layout.format = format_of(format);
+             layout.scale_type = dtype_of(scale_type);
+             layout.offsets = offsets;
+             if (levels.size() > 16) throw std::invalid_argument("levels: at most 16");
+             for (size_t i = 0; i < levels.size(); ++i) {
+               layout.levels[i] = static_cast<int8_t>(levels[i]);
+             }
+             return layout;
+           }),
+           py::arg("format"), py::arg("scale_type") = 0, py::arg("offsets") = false,
+           py::arg("levels") = std::vector<int>{});
+
   py::class_<PackedMatrix>(m, "PackedMatrix")
-      .def(py::init([](const std::string& format, int64_t rows, int64_t cols) {
+      .def(py::init([](const WeightLayout& layout, int64_t rows, int64_t cols) {
         need_positive("rows", rows);
         need_positive("cols", cols);
-        return new PackedMatrix(format_of(format), rows, cols);
+        return new PackedMatrix(layout, rows, cols);
       }))
-      .def("pack",
-           [](PackedMatrix& self, uintptr_t data, uintptr_t scales) {
-             py::gil_scoped_release release;
-             self.pack(pointer<const void>(data), pointer<const void>(scales));
-           })
+      .def(
+          "pack",
+          [](PackedMatrix& self, uintptr_t data, uintptr_t scales, uintptr_t offsets,
+             int64_t group_size) {
+            const StoredMatrix stored =
+                stored_matrix(self.layout, data, scales, offsets, group_size);
+            py::gil_scoped_release release;
+            self.pack(stored);
+          },
+          py::arg("data"), py::arg("scales"), py::arg("offsets") = 0, py::arg("group_size") = 0)
       .def_readonly("rows", &PackedMatrix::rows)
       .def_readonly("cols", &PackedMatrix::cols)
       .def_property_readonly("nbytes", [](const PackedMatrix& self) { return self.buffer.size(); });
 
   py::class_<PackedExperts>(m, "PackedExperts")
-      .def(py::init([](const std::string& format, int64_t e, int64_t h, int64_t i) {
+      .def(py::init([](const WeightLayout& gate_up, const WeightLayout& down, int64_t e, int64_t h,
+                       int64_t i) {
         need_positive("num_experts", e);
         need_positive("hidden_size", h);
         need_positive("intermediate_size", i);
-        return new PackedExperts(format_of(format), e, h, i);
+        return new PackedExperts(gate_up, down, e, h, i);
       }))
-      .def("pack",
-           [](PackedExperts& self, int64_t expert, const std::string& projection, uintptr_t data,
-              uintptr_t scales) {
-             if (expert < 0 || expert >= self.num_experts) throw std::out_of_range("expert");
-             PackedExperts::Projection p;
-             if (projection == "gate")
-               p = PackedExperts::Projection::gate;
-             else if (projection == "up")
-               p = PackedExperts::Projection::up;
-             else if (projection == "down")
-               p = PackedExperts::Projection::down;
-             else
-               throw std::invalid_argument("projection: expected gate, up or down, got '" +
-                                           projection + "'");
-             py::gil_scoped_release release;
-             self.pack(expert, p, pointer<const void>(data), pointer<const void>(scales));
-           })
+      .def(
+          "pack",
+          [](PackedExperts& self, int64_t expert, const std::string& projection, uintptr_t data,
+             uintptr_t scales, uintptr_t offsets, int64_t group_size) {
+            if (expert < 0 || expert >= self.num_experts) throw std::out_of_range("expert");
+            PackedExperts::Projection p;
+            if (projection == "gate")
+              p = PackedExperts::Projection::gate;
+            else if (projection == "up")
+              p = PackedExperts::Projection::up;
+            else if (projection == "down")
+              p = PackedExperts::Projection::down;
+            else
+              throw std::invalid_argument("projection: expected gate, up or down, got '" +
+                                          projection + "'");
+            const WeightLayout& layout =
+                p == PackedExperts::Projection::down ? self.down_layout : self.gate_up_layout;
+            const StoredMatrix stored = stored_matrix(layout, data, scales, offsets, group_size);
+            py::gil_scoped_release release;
+            self.pack(expert, p, stored);
+          },
+          py::arg("expert"), py::arg("projection"), py::arg("data"), py::arg("scales"),
+          py::arg("offsets") = 0, py::arg("group_size") = 0)
       .def_readonly("num_experts", &PackedExperts::num_experts)
       .def_readonly("hidden_size", &PackedExperts::hidden_size)
       .def_readonly("intermediate_size", &PackedExperts::intermediate_size)
@@ -225,7 +280,7 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("dequantize", [](const std::string& isa, const std::string& format, int64_t rows,
                          int64_t cols, uintptr_t data, uintptr_t scales, uintptr_t out, int dtype) {
-    const DequantizeJob job{format_of(format),
+    const DequantizeJob job{stored_format_of(format),
                             rows,
                             cols,
                             pointer<const void>(data),
@@ -240,7 +295,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("quantize",
         [](const std::string& isa, const std::string& format, uintptr_t x, int dtype, int64_t rows,
            int64_t cols, int64_t x_stride, uintptr_t data, uintptr_t scales) {
-          const QuantizeJob job{format_of(format),
+          const QuantizeJob job{stored_format_of(format),
                                 {pointer<const void>(x), x_stride, dtype_of(dtype)},
                                 rows,
                                 cols,

@@ -59,7 +59,8 @@ void set_prefetch_bytes(int64_t bytes) { g_prefetch.store(bytes); }
 
 void moe(const KernelTable& table, const MoeArgs& args) {
   const PackedExperts& experts = *args.experts;
-  const FormatKernels& kernels = table.format[static_cast<int>(experts.format)];
+  const FormatKernels& gate_up = table.format[static_cast<int>(experts.gate_up_layout.format)];
+  const FormatKernels& down = table.format[static_cast<int>(experts.down_layout.format)];
   const int64_t slots = args.tokens * args.top_k;
 
   const auto pool = default_pool();
@@ -72,10 +73,16 @@ void moe(const KernelTable& table, const MoeArgs& args) {
   job.hidden_size = experts.hidden_size;
   job.intermediate_size = experts.intermediate_size;
   job.activation = args.activation;
-  job.planes = args.exact ? kernels.exact_planes : kernels.planes;
+  job.gate_up = &experts.gate_up_layout;
+  job.down = &experts.down_layout;
+  job.planes = args.exact ? gate_up.exact_planes : gate_up.planes;
+  job.mid_planes = args.exact ? down.exact_planes : down.planes;
   job.prefetch_bytes = prefetch_bytes();
-  const int64_t in_token_bytes = job.planes * kernels.row_bytes(job.hidden_size);
-  const int64_t mid_token_bytes = job.planes * kernels.row_bytes(job.intermediate_size);
+  const int64_t in_token_bytes = job.planes * gate_up.row_bytes(job.hidden_size);
+  const int64_t mid_token_bytes = job.mid_planes * down.row_bytes(job.intermediate_size);
+  // Both halves use the same tiles.
+  const int64_t tile_tokens =
+      std::min(gate_up.max_rows / job.planes, down.max_rows / job.mid_planes);
 
   int32_t *begin, *cursor, *pair_token;
   float* pair_weight;
@@ -125,7 +132,7 @@ void moe(const KernelTable& table, const MoeArgs& args) {
     expert.gate_up = experts.gate_up(e);
     expert.down = experts.down(e);
     expert.tile_begin = tile_count;
-    for_each_tile(begin[e], count, kernels.max_rows / job.planes,
+    for_each_tile(begin[e], count, tile_tokens,
                   [&](TokenTile tile) { tiles[tile_count++] = tile; });
     expert.tile_end = tile_count;
   }
@@ -136,12 +143,13 @@ void moe(const KernelTable& table, const MoeArgs& args) {
   job.expert = active;
   job.tiles = tiles;
   job.tile_count = tile_count;
-  kernels.moe(job, *pool);
+  gate_up.gate_up[static_cast<int>(down.encoding)](job, *pool);
+  down.down(job, *pool);
 }
 
 void linear(const KernelTable& table, const LinearArgs& args) {
   const PackedMatrix& weight = *args.weight;
-  const FormatKernels& kernels = table.format[static_cast<int>(weight.format)];
+  const FormatKernels& kernels = table.format[static_cast<int>(weight.layout.format)];
   const auto pool = default_pool();
   std::lock_guard<std::mutex> guard(pool->lock());
 
@@ -151,6 +159,7 @@ void linear(const KernelTable& table, const LinearArgs& args) {
   job.tokens = args.tokens;
   job.rows = weight.rows;
   job.cols = weight.cols;
+  job.layout = &weight.layout;
   job.weight = weight.buffer.data();
   job.bias = args.bias;
   job.planes = args.exact ? kernels.exact_planes : kernels.planes;

@@ -2,6 +2,7 @@
 // instruction set is behind this table, and each table is compiled with its own flags.
 #pragma once
 
+#include "common/packed.h"
 #include "common/types.h"
 
 namespace ktcore {
@@ -25,6 +26,7 @@ struct MoeJob {
   ConstRows x;
   Rows out;
   int64_t tokens, hidden_size, intermediate_size;
+  const WeightLayout *gate_up, *down;
   int64_t pairs;
   const int32_t* pair_token;
   const float* pair_weight;
@@ -33,7 +35,7 @@ struct MoeJob {
   const TokenTile* tiles;
   int64_t tile_count;
   Activation activation;
-  int planes;
+  int planes, mid_planes;  // rows that a token takes in gate and up, and in down
   // Scratch: encoded tokens, encoded tiles for gate and up, for down, and the f32 sum.
   uint8_t* tokens_encoded;
   uint8_t* in_encoded;
@@ -46,6 +48,7 @@ struct LinearJob {
   ConstRows x;
   Rows out;
   int64_t tokens, rows, cols;
+  const WeightLayout* layout;
   const uint8_t* weight;
   const float* bias;  // may be null
   const TokenTile* tiles;
@@ -85,10 +88,16 @@ struct QuantizeJob {
   void* scales;
 };
 
+// What activations are rounded to; an index into FormatKernels::gate_up.
+enum class Encoding : int { int16 = 0, bf16 = 1 };
+
 // How one weight format is computed on one instruction set.
 struct FormatKernels {
-  void (*moe)(const MoeJob&, ThreadPool&);
+  // The two halves of `moe`; gate and up leave their result in down's encoding.
+  void (*gate_up[2])(const MoeJob&, ThreadPool&);
+  void (*down)(const MoeJob&, ThreadPool&);
   void (*linear)(const LinearJob&, ThreadPool&);
+  Encoding encoding;
   int max_rows;      // rows of the largest tile; a token takes `planes` rows
   int planes;        // rows that an activation takes by default
   int exact_planes;  // and when exact results are asked for

@@ -1,5 +1,6 @@
 #include "common/packed.h"
 
+#include <cmath>
 #include <cstring>
 
 #include "common/thread_pool.h"
@@ -40,13 +41,13 @@ uint32_t spread_nibbles(uint32_t v) {
 
 void pack_int4(const StoredMatrix& m, int64_t row0, int64_t rows, uint8_t* out) {
   const int64_t groups = ceil_div(m.cols, kGroup);
-  constexpr int64_t kBytes = group_bytes(WeightFormat::int4_g32);
+  const int64_t group_bytes = m.layout.group_bytes();
   constexpr int64_t kUnits = kGroup / 8;
   for (int64_t r = 0; r < rows; ++r) {
     const auto* src = static_cast<const uint8_t*>(m.data) + (row0 + r) * groups * (kGroup / 2);
     const auto* scales = static_cast<const uint8_t*>(m.scales) + (row0 + r) * groups * 2;
     for (int64_t g = 0; g < groups; ++g) {
-      uint8_t* to = out + g * kBytes;
+      uint8_t* to = out + g * group_bytes;
       for (int64_t unit = 0; unit < kUnits; ++unit) {
         uint32_t eight;
         std::memcpy(&eight, src + (g * kUnits + unit) * 4, 4);
@@ -58,14 +59,86 @@ void pack_int4(const StoredMatrix& m, int64_t row0, int64_t rows, uint8_t* out) 
   }
 }
 
+uint16_t f16_of_float(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  const auto sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
+  const uint32_t magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
+  if (magnitude >= 0x47800000) return static_cast<uint16_t>(sign | 0x7c00);
+  if (magnitude >= 0x38800000) {  // exact: the caller chose a type that holds every scale
+    return static_cast<uint16_t>(sign | (magnitude - 0x38000000) >> 13);
+  }
+  return static_cast<uint16_t>(sign | static_cast<uint16_t>(std::ldexp(std::fabs(v), 24)));
+}
+
+void store_scale(float v, DType type, uint8_t* out) {
+  if (type == DType::f32) {
+    std::memcpy(out, &v, 4);
+    return;
+  }
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  const uint16_t half = type == DType::f16 ? f16_of_float(v) : static_cast<uint16_t>(bits >> 16);
+  std::memcpy(out, &half, 2);
+}
+
+// For nibbles: a code whose level is 0, to fill up columns with. Where there is none, the padding's
+// weight does not matter, for its activations are 0; but scales must be finite, and are.
+uint8_t zero_code(const WeightLayout& layout) {
+  for (uint8_t i = 0; i < 16; ++i) {
+    if (layout.levels[i] == 0) return i;
+  }
+  return 0;
+}
+
+void pack_codes(const StoredMatrix& m, int64_t row0, int64_t rows, uint8_t* out) {
+  const WeightLayout& layout = m.layout;
+  const bool nibbles = layout.has_nibbles();
+  const int64_t groups = ceil_div(m.cols, kGroup), sets = layout.sets(), set = kGroup / sets;
+  const int64_t stored_groups = ceil_div(m.cols, m.group_size);
+  const int64_t unit_columns = nibbles ? 8 : 4, units = kGroup / unit_columns;
+  const uint8_t padding = nibbles ? zero_code(layout) : 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    const auto* src = static_cast<const uint8_t*>(m.data) + (row0 + r) * m.cols;
+    const auto* scales = static_cast<const float*>(m.scales) + (row0 + r) * stored_groups;
+    const float* offsets = layout.offsets ? m.offsets + (row0 + r) * stored_groups : nullptr;
+    for (int64_t g = 0; g < groups; ++g) {
+      uint8_t* to = out + g * layout.group_bytes();
+      for (int64_t unit = 0; unit < units; ++unit, to += kUnitBytes) {
+        const int64_t k = g * kGroup + unit * unit_columns;
+        uint8_t codes[8];
+        for (int64_t i = 0; i < unit_columns; ++i) codes[i] = k + i < m.cols ? src[k + i] : padding;
+        if (nibbles) {
+          for (int64_t i = 0; i < 4; ++i) {
+            codes[i] = static_cast<uint8_t>((codes[i] & 15) | codes[i + 4] << 4);
+          }
+        }
+        std::memcpy(to + r * 4, codes, 4);
+      }
+      for (int64_t i = 0; i < sets; ++i) {
+        const int64_t k = g * kGroup + i * set;
+        const int64_t from = (k < m.cols ? k : m.cols - 1) / m.group_size;
+        const int64_t size = dtype_size(layout.scale_type);
+        store_scale(scales[from], layout.scale_type, to + i * layout.set_bytes() + r * size);
+        if (offsets != nullptr) {
+          store_scale(offsets[from], layout.scale_type,
+                      to + (sets + i) * layout.set_bytes() + r * size);
+        }
+      }
+    }
+  }
+}
+
 // Packs rows [row0, row0 + 32) into the block at `out`; rows past the end become zeros.
 void pack_block(const StoredMatrix& m, int64_t row0, uint8_t* out) {
   const int64_t rows = m.rows - row0 < kBlockRows ? m.rows - row0 : kBlockRows;
-  if (rows < kBlockRows) std::memset(out, 0, static_cast<size_t>(block_bytes(m.format, m.cols)));
-  switch (m.format) {
+  if (rows < kBlockRows) std::memset(out, 0, static_cast<size_t>(m.layout.block_bytes(m.cols)));
+  switch (m.layout.format) {
     case WeightFormat::bf16: return pack_bf16(m, row0, rows, out);
     case WeightFormat::int8: return pack_int8(m, row0, rows, out);
     case WeightFormat::int4_g32: return pack_int4(m, row0, rows, out);
+    default: return pack_codes(m, row0, rows, out);
   }
 }
 
@@ -79,26 +152,34 @@ void pack_blocks(const StoredMatrix& m, uint8_t* first, int64_t step) {
 
 }  // namespace
 
-PackedMatrix::PackedMatrix(WeightFormat f, int64_t r, int64_t c)
-    : format(f),
+PackedMatrix::PackedMatrix(const WeightLayout& l, int64_t r, int64_t c)
+    : layout(l),
       rows(r),
       cols(c),
-      buffer(static_cast<size_t>(ceil_div(r, kBlockRows) * block_bytes(f, c))) {}
+      buffer(static_cast<size_t>(ceil_div(r, kBlockRows) * l.block_bytes(c))) {}
 
-void PackedMatrix::pack(const void* data, const void* scales) {
-  pack_blocks({format, rows, cols, data, scales}, buffer.data(), block_bytes(format, cols));
+void PackedMatrix::pack(StoredMatrix m) {
+  m.layout = layout;
+  m.rows = rows;
+  m.cols = cols;
+  pack_blocks(m, buffer.data(), layout.block_bytes(cols));
 }
 
-PackedExperts::PackedExperts(WeightFormat f, int64_t e, int64_t h, int64_t i)
-    : format(f), num_experts(e), hidden_size(h), intermediate_size(i) {
+PackedExperts::PackedExperts(const WeightLayout& gate_up, const WeightLayout& down, int64_t e,
+                             int64_t h, int64_t i)
+    : gate_up_layout(gate_up),
+      down_layout(down),
+      num_experts(e),
+      hidden_size(h),
+      intermediate_size(i) {
   buffer = Buffer(static_cast<size_t>(e * (gate_up_bytes() + down_bytes())));
 }
 
 int64_t PackedExperts::gate_up_bytes() const {
-  return 2 * ceil_div(intermediate_size, kBlockRows) * block_bytes(format, hidden_size);
+  return 2 * ceil_div(intermediate_size, kBlockRows) * gate_up_layout.block_bytes(hidden_size);
 }
 int64_t PackedExperts::down_bytes() const {
-  return ceil_div(hidden_size, kBlockRows) * block_bytes(format, intermediate_size);
+  return ceil_div(hidden_size, kBlockRows) * down_layout.block_bytes(intermediate_size);
 }
 const uint8_t* PackedExperts::gate_up(int64_t expert) const {
   return buffer.data() + expert * (gate_up_bytes() + down_bytes());
@@ -107,17 +188,20 @@ const uint8_t* PackedExperts::down(int64_t expert) const {
   return gate_up(expert) + gate_up_bytes();
 }
 
-void PackedExperts::pack(int64_t expert, Projection projection, const void* data,
-                         const void* scales) {
+void PackedExperts::pack(int64_t expert, Projection projection, StoredMatrix m) {
   if (projection == Projection::down) {
-    pack_blocks({format, hidden_size, intermediate_size, data, scales},
-                const_cast<uint8_t*>(down(expert)), block_bytes(format, intermediate_size));
+    m.layout = down_layout;
+    m.rows = hidden_size;
+    m.cols = intermediate_size;
+    pack_blocks(m, const_cast<uint8_t*>(down(expert)), down_layout.block_bytes(m.cols));
     return;
   }
-  const int64_t block = block_bytes(format, hidden_size);
+  m.layout = gate_up_layout;
+  m.rows = intermediate_size;
+  m.cols = hidden_size;
+  const int64_t block = gate_up_layout.block_bytes(m.cols);
   const int64_t offset = projection == Projection::up ? block : 0;
-  pack_blocks({format, intermediate_size, hidden_size, data, scales},
-              const_cast<uint8_t*>(gate_up(expert)) + offset, 2 * block);
+  pack_blocks(m, const_cast<uint8_t*>(gate_up(expert)) + offset, 2 * block);
 }
 
 }  // namespace ktcore

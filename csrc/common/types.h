@@ -9,9 +9,18 @@ namespace ktcore {
 enum class DType : int { f32 = 0, f16 = 1, bf16 = 2 };
 enum class Activation : int { silu = 0, gelu_tanh = 1 };
 enum class Scoring : int { softmax = 0, sigmoid = 1 };
-enum class WeightFormat : int { bf16 = 0, int8 = 1, int4_g32 = 2 };
+// How packed weights are laid out: see packed.h.
+enum class WeightFormat : int {
+  bf16 = 0,
+  int8 = 1,
+  int4_g32 = 2,
+  nibbles = 3,
+  nibbles_g16 = 4,
+  bytes = 5,
+  bytes_g16 = 6
+};
 
-static constexpr int kWeightFormats = 3;
+static constexpr int kWeightFormats = 7;
 static constexpr int64_t kGroup = 32;  // weights and activations share one scale per group of this
 
 static constexpr int64_t dtype_size(DType t) { return t == DType::f32 ? 4 : 2; }

@@ -25,21 +25,25 @@ static KT_INLINE void copy_rows(const uint8_t* from, int count, uint8_t* to, int
 // The weights come as bytes or nibbles, four columns to a 32-bit lane; shifts widen bytes 0 and 2 of
 // the lane together, then 1 and 3. So the pairs of a group of four columns are (0, 2) and (1, 3).
 //
-// Tile: pair[K/2][R] of int16[2], scale[K/32][R] f32, offset[K/32][R] i32, where offset = -8 * the
-// group's sum undoes the bias of nibbles.
+// Tile: pair[K/2][R] of int16[2]; scale[K/32][R] f32; offset[K/32][R] i32 = -8 * the group's sum, which
+// undoes the bias of int4_g32; sum[K/16][R] f32, of 16 columns each as the integers stand for, which
+// weights' offsets multiply.
 template <class S>
 struct Int16Codec {
   using F = typename S::F;
   static constexpr int kVectors = Rows32<S>::kVectors;
 
   static constexpr int64_t row_bytes(int64_t cols) {
-    return ceil_div(cols, kGroup) * (2 * kGroup + 8);
+    return ceil_div(cols, kGroup) * (2 * kGroup + 16);
   }
   static const float* scales(const uint8_t* tile, int64_t rows, int64_t groups) {
     return reinterpret_cast<const float*>(tile + rows * groups * kGroup * 2);
   }
   static const int32_t* offsets(const uint8_t* tile, int64_t rows, int64_t groups) {
     return reinterpret_cast<const int32_t*>(scales(tile, rows, groups) + rows * groups);
+  }
+  static const float* sums(const uint8_t* tile, int64_t rows, int64_t groups) {
+    return scales(tile, rows, groups) + 2 * rows * groups;
   }
 
   static KT_INLINE void encode(const F* v, int, uint8_t* tile, int64_t rows, int64_t row,
@@ -51,21 +55,26 @@ struct Int16Codec {
     const bool finite = amax <= 3.4028235e38f;
     constexpr float kLargest = 32767.0f;
     alignas(64) int16_t q[kGroup];
-    const int32_t sum = S::encode16(v, S::set1(finite && !tiny ? kLargest / amax : 0.0f), q);
+    int32_t sum[2];
+    S::encode16(v, S::set1(finite && !tiny ? kLargest / amax : 0.0f), q, sum);
     for (int64_t i = 0; i < kGroup / 2; ++i) {
       std::memcpy(tile + ((group * (kGroup / 2) + i) * rows + row) * 4, q + 2 * i, 4);
     }
+    const float scale = !finite ? std::numeric_limits<float>::quiet_NaN()
+                        : tiny  ? 0.0f
+                                : amax / kLargest;
     const int64_t at = group * rows + row;
-    const_cast<float*>(scales(tile, rows, groups))[at] =
-        !finite ? std::numeric_limits<float>::quiet_NaN()
-        : tiny  ? 0.0f
-                : amax / kLargest;
-    const_cast<int32_t*>(offsets(tile, rows, groups))[at] = finite ? -8 * sum : 0;
+    const_cast<float*>(scales(tile, rows, groups))[at] = scale;
+    const_cast<int32_t*>(offsets(tile, rows, groups))[at] = finite ? -8 * (sum[0] + sum[1]) : 0;
+    for (int64_t i = 0; i < 2; ++i) {
+      const_cast<float*>(sums(tile, rows, groups))[(2 * group + i) * rows + row] =
+          scale * static_cast<float>(sum[i]);
+    }
   }
 
   static KT_INLINE void gather(const uint8_t* token, int, uint8_t* tile, int64_t rows, int64_t row,
                                int64_t groups) {
-    copy_rows<4>(token, 1, tile, rows, row, groups * (kGroup / 2 + 2));
+    copy_rows<4>(token, 1, tile, rows, row, groups * (kGroup / 2 + 4));
   }
 };
 

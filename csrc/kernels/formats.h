@@ -10,7 +10,7 @@
 //
 // The loops are functions of their own: inlined into their callers, compilers run out of registers.
 //
-// Adding a format: a struct like these, and a line in table.inl.
+// Adding a layout: a struct like these, and a line in table.inl.
 #pragma once
 
 namespace ktcore::KTCORE_ISA {
@@ -24,16 +24,28 @@ static constexpr int vectors_at_once(int rows, int cells) {
   return v;
 }
 
+// The sum of row r's activations over a piece of kPieces a group.
+template <int kPieces, int R>
+static KT_INLINE float piece_sum(const float* sums, int64_t piece, int r) {
+  if constexpr (kPieces == 2) return sums[piece * R + r];
+  return sums[2 * piece * R + r] + sums[(2 * piece + 1) * R + r];
+}
+
 // One group of 32 columns is 16 pairs; a panel holds kPanelGroups groups: [pair][32 rows] of 16-bit
 // pairs, 16 KiB, which leaves the rest of a first-level cache to a tile of activations.
 static constexpr int64_t kPanelGroups = 8;
 
-// Panels of 16-bit weights, for both integer formats. `scales` are [group][32] or null.
-template <class S, bool kGroupScales>
+// Panels of 16-bit weights, for all integer formats, with kSets sets of scales a group: none, one, or
+// two for 16 columns each.
+template <class S, int kSets>
 struct Int16Panel {
   static constexpr int64_t kGroups = kPanelGroups;
+  static constexpr int kPieces = kSets > 1 ? kSets : 1;  // of a group, summed each on its own
+  static constexpr int64_t kScales = kSets > 0 ? kGroups * kSets * kBlockRows : 16;
   alignas(64) uint8_t weights[kGroups * (kGroup / 2) * kUnitBytes];
-  alignas(64) float scales[kGroupScales ? kGroups * kBlockRows : 16];
+  alignas(64) float scales[kScales];   // [group][set][32 rows]
+  alignas(64) float offsets[kScales];  // the same, where has_offsets
+  bool has_offsets = false;
 
   // Adds groups [first, first + count) of a tile to `out` [R][32].
   template <int R>
@@ -41,10 +53,11 @@ struct Int16Panel {
                        float* out) const {
     constexpr int V = vectors_at_once<S>(R, S::kIntCells);
     const float* x_scale = Int16Codec<S>::scales(tile, R, groups) + first * R;
+    const float* x_sum = Int16Codec<S>::sums(tile, R, groups) + 2 * first * R;
     for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
       const uint8_t* w = weights + v0 * S::kLanes * 4;
       const uint8_t* a = tile + first * kGroup * 2 * R;
-      for (int64_t g = 0; g < count; ++g) {
+      for (int64_t piece = 0; piece < count * kPieces; ++piece) {
         typename S::I acc[V][R];
         KT_UNROLL
         for (int v = 0; v < V; ++v) {
@@ -52,7 +65,7 @@ struct Int16Panel {
           for (int r = 0; r < R; ++r) acc[v][r] = S::zero_i();
         }
         // Four pairs a round: unrolled further, compilers keep products instead of sums.
-        for (int round = 0; round < static_cast<int>(kGroup) / 8; ++round) {
+        for (int round = 0; round < static_cast<int>(kGroup) / 8 / kPieces; ++round) {
           KT_UNROLL
           for (int pair = 0; pair < 4; ++pair, w += kUnitBytes, a += 4 * R) {
             typename S::I weight[V];
@@ -71,17 +84,34 @@ struct Int16Panel {
         }
         KT_UNROLL
         for (int r = 0; r < R; ++r) {
-          const typename S::F xs = S::set1(x_scale[g * R + r]);
+          const typename S::F xs = S::set1(x_scale[piece / kPieces * R + r]);
           KT_UNROLL
           for (int v = 0; v < V; ++v) {
             typename S::F scale = xs;
-            if constexpr (kGroupScales) {
-              scale = S::mul(S::load(scales + g * kBlockRows + (v0 + v) * S::kLanes), xs);
+            if constexpr (kSets > 0) {
+              scale = S::mul(S::load(scales + piece * kBlockRows + (v0 + v) * S::kLanes), xs);
             }
             float* to = out + r * kBlockRows + (v0 + v) * S::kLanes;
             S::store(to, S::fma(S::to_f32(acc[v][r]), scale, S::load(to)));
           }
         }
+        if constexpr (kSets > 0) {
+          if (has_offsets) add_offsets<R>(piece, x_sum, v0, out);
+        }
+      }
+    }
+  }
+
+ private:
+  template <int R>
+  KT_INLINE void add_offsets(int64_t piece, const float* x_sum, int v0, float* out) const {
+    constexpr int V = vectors_at_once<S>(R, S::kIntCells);
+    for (int r = 0; r < R; ++r) {
+      const typename S::F x = S::set1(piece_sum<kSets, R>(x_sum, piece, r));
+      for (int v = v0; v < v0 + V; ++v) {
+        float* to = out + r * kBlockRows + v * S::kLanes;
+        const typename S::F offset = S::load(offsets + piece * kBlockRows + v * S::kLanes);
+        S::store(to, S::fma(offset, x, S::load(to)));
       }
     }
   }
@@ -90,17 +120,16 @@ struct Int16Panel {
 template <class S>
 struct Int4Group32 {
   using Codec = Int16Codec<S>;
-  using Panel = Int16Panel<S, true>;
-  static constexpr WeightFormat kFormat = WeightFormat::int4_g32;
+  using Panel = Int16Panel<S, 1>;
   static constexpr int kMaxRows = S::kIntRows;
   static constexpr int kPlanes = 1, kExactPlanes = 1;
   static constexpr bool kPanels = true;
-  static constexpr int64_t kGroupBytes = group_bytes(kFormat);
   static constexpr int kUnits = static_cast<int>(kGroup) / 8;
+  static constexpr int64_t kGroupBytes = kUnits * kUnitBytes + kBlockRows * 2;
 
   template <int R>
-  KT_NOINLINE static void dot(const uint8_t* block, int64_t groups, const uint8_t* tile, float* out,
-                              int64_t prefetch) {
+  KT_NOINLINE static void dot(const WeightLayout&, const uint8_t* block, int64_t groups,
+                              const uint8_t* tile, float* out, int64_t prefetch) {
     constexpr int V = vectors_at_once<S>(R, S::kIntCells);
     const float* x_scale = Codec::scales(tile, R, groups);
     const int32_t* offset = Codec::offsets(tile, R, groups);
@@ -156,7 +185,8 @@ struct Int4Group32 {
     }
   }
 
-  static void expand(const uint8_t* block, int64_t first, int64_t count, Panel& panel) {
+  static void expand(const WeightLayout&, const uint8_t* block, int64_t first, int64_t count,
+                     Panel& panel) {
     const typename S::I eight = S::set1_i16(8);
     uint8_t* to = panel.weights;
     for (int64_t g = 0; g < count; ++g) {
@@ -198,17 +228,16 @@ struct Int4Group32 {
 template <class S>
 struct Int8Channel {
   using Codec = Int16Codec<S>;
-  using Panel = Int16Panel<S, false>;
-  static constexpr WeightFormat kFormat = WeightFormat::int8;
+  using Panel = Int16Panel<S, 0>;
   static constexpr int kMaxRows = S::kIntRows;
   static constexpr int kPlanes = 1, kExactPlanes = 1;
   static constexpr bool kPanels = true;
-  static constexpr int64_t kGroupBytes = group_bytes(kFormat);
   static constexpr int kUnits = static_cast<int>(kGroup) / 4;
+  static constexpr int64_t kGroupBytes = kUnits * kUnitBytes;
 
   template <int R>
-  KT_NOINLINE static void dot(const uint8_t* block, int64_t groups, const uint8_t* tile, float* out,
-                              int64_t prefetch) {
+  KT_NOINLINE static void dot(const WeightLayout&, const uint8_t* block, int64_t groups,
+                              const uint8_t* tile, float* out, int64_t prefetch) {
     constexpr int V = vectors_at_once<S>(R, S::kIntCells);
     const float* x_scale = Codec::scales(tile, R, groups);
     for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
@@ -261,7 +290,8 @@ struct Int8Channel {
     finish(block, groups, out, R);
   }
 
-  static void expand(const uint8_t* block, int64_t first, int64_t count, Panel& panel) {
+  static void expand(const WeightLayout&, const uint8_t* block, int64_t first, int64_t count,
+                     Panel& panel) {
     const uint8_t* w = block + first * kGroupBytes;
     uint8_t* to = panel.weights;
     for (int64_t unit = 0; unit < count * kUnits; ++unit, w += kUnitBytes, to += 2 * kUnitBytes) {
@@ -294,6 +324,172 @@ struct Int8Channel {
       const typename S::I x = S::broadcast4(a + r * 4);
       KT_UNROLL
       for (int v = 0; v < V; ++v) sum[v][r] = S::dot_i16(sum[v][r], weight[v], x);
+    }
+  }
+};
+
+// Weights as levels with scales and maybe offsets: nibbles that number 16 levels, or the levels
+// themselves as bytes; kSets sets of scales a group. What varies more finely is in the layout.
+template <class S, bool kNibbles, int kSets>
+struct Coded {
+  using Codec = Int16Codec<S>;
+  using Panel = Int16Panel<S, kSets>;
+  static constexpr int kMaxRows = S::kIntRows;
+  static constexpr int kPlanes = 1, kExactPlanes = 1;
+  static constexpr bool kPanels = true;
+  static constexpr int kUnits = static_cast<int>(kGroup) / (kNibbles ? 8 : 4);
+
+  template <int R>
+  KT_NOINLINE static void dot(const WeightLayout& layout, const uint8_t* block, int64_t groups,
+                              const uint8_t* tile, float* out, int64_t prefetch) {
+    constexpr int V = vectors_at_once<S>(R, S::kIntCells);
+    const int64_t group_bytes = layout.group_bytes();
+    const float* x_scale = Codec::scales(tile, R, groups);
+    const float* x_sum = Codec::sums(tile, R, groups);
+    const typename S::I levels = S::table16(layout.levels);
+    for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
+      typename S::F acc[V][R];
+      KT_UNROLL
+      for (int v = 0; v < V; ++v) {
+        KT_UNROLL
+        for (int r = 0; r < R; ++r) acc[v][r] = S::zero();
+      }
+      const uint8_t* a = tile;
+      const uint8_t* group = block;
+      for (int64_t g = 0; g < groups; ++g, group += group_bytes) {
+        for (int set = 0; set < kSets; ++set) {
+          const uint8_t* w = group + set * (kUnits / kSets) * kUnitBytes + v0 * S::kLanes * 4;
+          typename S::I sum[V][R];
+          KT_UNROLL
+          for (int v = 0; v < V; ++v) {
+            KT_UNROLL
+            for (int r = 0; r < R; ++r) sum[v][r] = S::zero_i();
+          }
+          KT_UNROLL
+          for (int unit = 0; unit < kUnits / kSets; ++unit, w += kUnitBytes) {
+            typename S::I raw[V];
+            KT_UNROLL
+            for (int v = 0; v < V; ++v) {
+              const uint8_t* p = w + v * S::kLanes * 4;
+              if constexpr (R <= 2) S::prefetch(p + prefetch);
+              raw[v] = S::load_i(p);
+            }
+            if constexpr (kNibbles) {
+              typename S::I bytes[V];
+              KT_UNROLL
+              for (int v = 0; v < V; ++v) bytes[v] = S::look_up(levels, S::low_nibbles(raw[v]));
+              dot_bytes<V, R>(sum, bytes, a);
+              a += 8 * R;
+              KT_UNROLL
+              for (int v = 0; v < V; ++v) bytes[v] = S::look_up(levels, S::high_nibbles(raw[v]));
+              dot_bytes<V, R>(sum, bytes, a);
+            } else {
+              dot_bytes<V, R>(sum, raw, a);
+            }
+            a += 8 * R;
+          }
+          const int64_t piece = g * kSets + set;
+          KT_UNROLL
+          for (int v = 0; v < V; ++v) {
+            const typename S::F scale = load_scales(layout, group, set, v0 + v);
+            KT_UNROLL
+            for (int r = 0; r < R; ++r) {
+              const typename S::F both = S::mul(scale, S::set1(x_scale[g * R + r]));
+              acc[v][r] = S::fma(S::to_f32(sum[v][r]), both, acc[v][r]);
+            }
+          }
+          if (layout.offsets) {
+            KT_UNROLL
+            for (int v = 0; v < V; ++v) {
+              const typename S::F offset = load_scales(layout, group, kSets + set, v0 + v);
+              KT_UNROLL
+              for (int r = 0; r < R; ++r) {
+                const typename S::F x = S::set1(piece_sum<kSets, R>(x_sum, piece, r));
+                acc[v][r] = S::fma(offset, x, acc[v][r]);
+              }
+            }
+          }
+        }
+      }
+      KT_UNROLL
+      for (int v = 0; v < V; ++v) {
+        KT_UNROLL
+        for (int r = 0; r < R; ++r) {
+          S::store(out + r * kBlockRows + (v0 + v) * S::kLanes, acc[v][r]);
+        }
+      }
+    }
+  }
+
+  static void expand(const WeightLayout& layout, const uint8_t* block, int64_t first, int64_t count,
+                     Panel& panel) {
+    const int64_t group_bytes = layout.group_bytes();
+    const typename S::I levels = S::table16(layout.levels);
+    uint8_t* to = panel.weights;
+    panel.has_offsets = layout.offsets;
+    for (int64_t g = 0; g < count; ++g) {
+      const uint8_t* group = block + (first + g) * group_bytes;
+      const uint8_t* w = group;
+      for (int unit = 0; unit < kUnits; ++unit, w += kUnitBytes) {
+        for (int64_t at = 0; at < kUnitBytes; at += S::kLanes * 4) {
+          const typename S::I raw = S::load_i(w + at);
+          if constexpr (kNibbles) {
+            store_bytes(S::look_up(levels, S::low_nibbles(raw)), to + at);
+            store_bytes(S::look_up(levels, S::high_nibbles(raw)), to + 2 * kUnitBytes + at);
+          } else {
+            store_bytes(raw, to + at);
+          }
+        }
+        to += (kNibbles ? 4 : 2) * kUnitBytes;
+      }
+      for (int set = 0; set < kSets; ++set) {
+        for (int v = 0; v < static_cast<int>(kBlockRows) / S::kLanes; ++v) {
+          const int64_t at = (g * kSets + set) * kBlockRows + v * S::kLanes;
+          S::store(panel.scales + at, load_scales(layout, group, set, v));
+          if (layout.offsets) {
+            S::store(panel.offsets + at, load_scales(layout, group, kSets + set, v));
+          }
+        }
+      }
+    }
+  }
+
+  static KT_INLINE void finish(const uint8_t*, int64_t, float*, int64_t) {}
+
+ private:
+  // Vector v of a group's set of scales; offsets come after all scales.
+  static KT_INLINE typename S::F load_scales(const WeightLayout& layout, const uint8_t* group,
+                                             int set, int v) {
+    const uint8_t* p = group + kUnits * kUnitBytes + set * layout.set_bytes();
+    const int64_t at = v * S::kLanes;
+    if (layout.scale_type == DType::f32) return S::load(reinterpret_cast<const float*>(p) + at);
+    const auto* half = reinterpret_cast<const uint16_t*>(p) + at;
+    return layout.scale_type == DType::f16 ? S::load_f16(half) : S::load_bf16(half);
+  }
+
+  static KT_INLINE void store_bytes(typename S::I bytes, uint8_t* to) {
+    S::store_i(to, S::even_bytes(bytes));
+    S::store_i(to + kUnitBytes, S::odd_bytes(bytes));
+  }
+
+  // Four columns of signed bytes.
+  template <int V, int R>
+  static KT_INLINE void dot_bytes(typename S::I (&sum)[V][R], const typename S::I (&bytes)[V],
+                                  const uint8_t* a) {
+    typename S::I even[V], odd[V];
+    KT_UNROLL
+    for (int v = 0; v < V; ++v) {
+      even[v] = S::even_bytes(bytes[v]);
+      odd[v] = S::odd_bytes(bytes[v]);
+    }
+    KT_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const typename S::I first = S::broadcast4(a + r * 4);
+      const typename S::I second = S::broadcast4(a + (R + r) * 4);
+      KT_UNROLL
+      for (int v = 0; v < V; ++v) {
+        sum[v][r] = S::dot_i16(S::dot_i16(sum[v][r], even[v], first), odd[v], second);
+      }
     }
   }
 };
@@ -350,15 +546,14 @@ template <class S>
 struct Bf16 {
   using Codec = Bf16Codec<S>;
   using Panel = FloatPanel<S>;
-  static constexpr WeightFormat kFormat = WeightFormat::bf16;
   static constexpr int kMaxRows = S::kFloatRows;
   static constexpr int kPlanes = 1, kExactPlanes = S::kBf16Dot ? 2 : 1;
   // A dot-product instruction takes the packed block as it is.
   static constexpr bool kPanels = !S::kBf16Dot;
 
   template <int R>
-  KT_NOINLINE static void dot(const uint8_t* block, int64_t groups, const uint8_t* tile, float* out,
-                              int64_t prefetch) {
+  KT_NOINLINE static void dot(const WeightLayout&, const uint8_t* block, int64_t groups,
+                              const uint8_t* tile, float* out, int64_t prefetch) {
     constexpr int V = vectors_at_once<S>(R, S::kFloatCells);
     for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
       const uint8_t* w = block + v0 * S::kLanes * 4;
@@ -395,8 +590,9 @@ struct Bf16 {
     }
   }
 
-  static void expand(const uint8_t* block, int64_t first, int64_t count, Panel& panel) {
-    const uint8_t* w = block + first * group_bytes(kFormat);
+  static void expand(const WeightLayout&, const uint8_t* block, int64_t first, int64_t count,
+                     Panel& panel) {
+    const uint8_t* w = block + first * (kGroup / 2) * kUnitBytes;
     float* to = panel.weights;
     for (int64_t pair = 0; pair < count * (kGroup / 2); ++pair, to += 2 * kBlockRows) {
       for (int v = 0; v < kBlockRows; v += S::kLanes, w += S::kLanes * 4) {
@@ -412,11 +608,11 @@ struct Bf16 {
 
 // Calls dot<R> for a run-time R.
 template <class Format, int R = Format::kMaxRows>
-static KT_INLINE void dot_block(int rows, const uint8_t* block, int64_t groups, const uint8_t* tile,
-                                float* out, int64_t prefetch) {
-  if (rows == R) return Format::template dot<R>(block, groups, tile, out, prefetch);
+static KT_INLINE void dot_block(const WeightLayout& layout, int rows, const uint8_t* block,
+                                int64_t groups, const uint8_t* tile, float* out, int64_t prefetch) {
+  if (rows == R) return Format::template dot<R>(layout, block, groups, tile, out, prefetch);
   if constexpr (R > 1) {
-    return dot_block<Format, R - 1>(rows, block, groups, tile, out, prefetch);
+    return dot_block<Format, R - 1>(layout, rows, block, groups, tile, out, prefetch);
   }
 }
 
@@ -441,15 +637,16 @@ static constexpr int tiles_at_once() {
 // then, with several planes, their sum [token][32] at the beginning of each tile's place.
 // `encoded(tile)` is where a tile's activations are.
 template <class S, class Format, class Encoded>
-static void multiply(const uint8_t* block, int64_t groups, const TokenTile* tiles, int count,
-                     int planes, Encoded encoded, float* out, int64_t prefetch) {
+static void multiply(const WeightLayout& layout, const uint8_t* block, int64_t groups,
+                     const TokenTile* tiles, int count, int planes, Encoded encoded, float* out,
+                     int64_t prefetch) {
   const auto place = [&](const TokenTile& tile) {
     return out + (tile.first - tiles[0].first) * planes * kBlockRows;
   };
   if (count == 1 || !Format::kPanels) {
     for (int i = 0; i < count; ++i) {
-      dot_block<Format>(tiles[i].tokens * planes, block, groups, encoded(tiles[i]), place(tiles[i]),
-                        prefetch);
+      dot_block<Format>(layout, tiles[i].tokens * planes, block, groups, encoded(tiles[i]),
+                        place(tiles[i]), prefetch);
     }
   } else {
     const TokenTile& last = tiles[count - 1];
@@ -459,10 +656,10 @@ static void multiply(const uint8_t* block, int64_t groups, const TokenTile* tile
     constexpr int64_t kStep = Format::Panel::kGroups;
     for (int64_t first = 0; first < groups; first += kStep) {
       const int64_t piece = groups - first < kStep ? groups - first : kStep;
-      Format::expand(block, first, piece, panel);
+      Format::expand(layout, block, first, piece, panel);
       // What the next panel, or the next block, is made of comes from memory meanwhile.
-      const uint8_t* next = block + (first + kStep) * group_bytes(Format::kFormat);
-      const int64_t lines = ceil_div(kStep * group_bytes(Format::kFormat) / 64, count);
+      const uint8_t* next = block + (first + kStep) * layout.group_bytes();
+      const int64_t lines = ceil_div(kStep * layout.group_bytes() / 64, count);
       for (int i = 0; i < count; ++i) {
         for (int64_t line = 0; line < lines; ++line, next += 64) S::prefetch_l2(next);
         dot_panel<Format>(tiles[i].tokens * planes, panel, first, piece, groups, encoded(tiles[i]),

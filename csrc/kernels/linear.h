@@ -8,7 +8,7 @@ static void linear(const LinearJob& job, ThreadPool& pool) {
   using Codec = typename Format::Codec;
   const int64_t groups = ceil_div(job.cols, kGroup);
   const int64_t token_bytes = job.planes * Codec::row_bytes(job.cols);
-  const int64_t block = block_bytes(Format::kFormat, job.cols);
+  const int64_t block = job.layout->block_bytes(job.cols);
 
   encode_tokens<S, Codec>(pool, job.x, job.tokens, job.cols, job.planes, job.tokens_encoded);
   if (job.tile_count < job.tokens) {
@@ -39,8 +39,8 @@ static void linear(const LinearJob& job, ThreadPool& pool) {
         const int64_t rest = job.tile_count - first;
         const int n =
             static_cast<int>(rest < tiles_at_once<Format>() ? rest : tiles_at_once<Format>());
-        multiply<S, Format>(job.weight + b * block, groups, tiles, n, job.planes, encoded, c,
-                            job.prefetch_bytes);
+        multiply<S, Format>(*job.layout, job.weight + b * block, groups, tiles, n, job.planes,
+                            encoded, c, job.prefetch_bytes);
         for (int i = 0; i < n; ++i) {
           const float* from = c + (tiles[i].first - tiles[0].first) * job.planes * kBlockRows;
           for (int32_t t = 0; t < tiles[i].tokens; ++t, from += kBlockRows) {

@@ -17,17 +17,16 @@ static KT_INLINE void for_tiles(const MoeJob& job, const ActiveExpert& expert, F
   }
 }
 
-template <class S, class Format>
-static void moe(const MoeJob& job, ThreadPool& pool) {
+template <class S, class Format, class MidCodec>
+static void gate_up(const MoeJob& job, ThreadPool& pool) {
   using Codec = typename Format::Codec;
   const int64_t hidden = job.hidden_size, intermediate = job.intermediate_size;
   const int64_t hidden_groups = ceil_div(hidden, kGroup);
   const int64_t mid_groups = ceil_div(intermediate, kGroup);
   const int planes = job.planes;
   const int64_t in_token_bytes = planes * Codec::row_bytes(hidden);
-  const int64_t mid_token_bytes = planes * Codec::row_bytes(intermediate);
-  const int64_t in_block = block_bytes(Format::kFormat, hidden);
-  const int64_t mid_block = block_bytes(Format::kFormat, intermediate);
+  const int64_t mid_token_bytes = job.mid_planes * MidCodec::row_bytes(intermediate);
+  const int64_t in_block = job.gate_up->block_bytes(hidden);
 
   encode_tokens<S, Codec>(pool, job.x, job.tokens, hidden, planes, job.tokens_encoded);
   if (job.tile_count < job.pairs) {  // some tile has several tokens
@@ -51,10 +50,10 @@ static void moe(const MoeJob& job, ThreadPool& pool) {
     for (int64_t b = begin; b < end; ++b) {
       const uint8_t* weights = expert.gate_up + b * 2 * in_block;
       for_tiles<Format>(job, expert, [&](const TokenTile* tiles, int count) {
-        multiply<S, Format>(weights, hidden_groups, tiles, count, planes, encoded, gate,
-                            job.prefetch_bytes);
-        multiply<S, Format>(weights + in_block, hidden_groups, tiles, count, planes, encoded, up,
-                            job.prefetch_bytes);
+        multiply<S, Format>(*job.gate_up, weights, hidden_groups, tiles, count, planes, encoded,
+                            gate, job.prefetch_bytes);
+        multiply<S, Format>(*job.gate_up, weights + in_block, hidden_groups, tiles, count, planes,
+                            encoded, up, job.prefetch_bytes);
         for (int i = 0; i < count; ++i) {
           const int64_t place = (tiles[i].first - tiles[0].first) * planes * kBlockRows;
           uint8_t* mid = job.mid_encoded + tiles[i].first * mid_token_bytes;
@@ -64,14 +63,24 @@ static void moe(const MoeJob& job, ThreadPool& pool) {
               const int64_t at = place + t * kBlockRows + v * S::kLanes;
               h[v] = S::mul(activate<S>(job.activation, S::load(gate + at)), S::load(up + at));
             }
-            Codec::encode(h, planes, mid, tiles[i].tokens * planes, t * planes, b, mid_groups);
+            MidCodec::encode(h, job.mid_planes, mid, tiles[i].tokens * job.mid_planes,
+                             t * job.mid_planes, b, mid_groups);
           }
         }
       });
     }
   });
+}
 
-  const int64_t out_blocks = hidden_groups;
+template <class S, class Format>
+static void down(const MoeJob& job, ThreadPool& pool) {
+  using Codec = typename Format::Codec;
+  const int64_t hidden = job.hidden_size;
+  const int64_t out_blocks = ceil_div(hidden, kBlockRows);
+  const int64_t mid_groups = ceil_div(job.intermediate_size, kGroup);
+  const int planes = job.mid_planes;
+  const int64_t mid_token_bytes = planes * Codec::row_bytes(job.intermediate_size);
+  const int64_t mid_block = job.down->block_bytes(job.intermediate_size);
   // With many tokens, wide ranges: each range reads all encoded intermediate activations once.
   int64_t down_step = blocks_per_task(mid_block * (job.experts > 0 ? job.experts : 1));
   const int64_t wide = out_blocks / (4 * pool.size()) < 8 ? out_blocks / (4 * pool.size()) : 8;
@@ -93,8 +102,8 @@ static void moe(const MoeJob& job, ThreadPool& pool) {
       const ActiveExpert& expert = job.expert[e];
       for_tiles<Format>(job, expert, [&](const TokenTile* tiles, int count) {
         for (int64_t b = begin; b < end; ++b) {
-          multiply<S, Format>(expert.down + b * mid_block, mid_groups, tiles, count, planes,
-                              encoded, c, job.prefetch_bytes);
+          multiply<S, Format>(*job.down, expert.down + b * mid_block, mid_groups, tiles, count,
+                              planes, encoded, c, job.prefetch_bytes);
           for (int i = 0; i < count; ++i) {
             const float* from = c + (tiles[i].first - tiles[0].first) * planes * kBlockRows;
             for (int32_t t = 0; t < tiles[i].tokens; ++t, from += kBlockRows) {

@@ -3,6 +3,7 @@
 // nothing shared is instantiated, so that no code of one set can be linked into another's path.
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "common/kernel_table.h"
 #include "common/packed.h"
@@ -26,15 +27,24 @@ namespace ktcore::KTCORE_ISA {
 
 template <class Format>
 static constexpr FormatKernels kernels_of() {
-  return {moe<Simd, Format>, linear<Simd, Format>, Format::kMaxRows,
-          Format::kPlanes,   Format::kExactPlanes, Format::Codec::row_bytes};
+  constexpr bool kInt16 = std::is_same_v<typename Format::Codec, Int16Codec<Simd>>;
+  return {{gate_up<Simd, Format, Int16Codec<Simd>>, gate_up<Simd, Format, Bf16Codec<Simd>>},
+          down<Simd, Format>,
+          linear<Simd, Format>,
+          kInt16 ? Encoding::int16 : Encoding::bf16,
+          Format::kMaxRows,
+          Format::kPlanes,
+          Format::kExactPlanes,
+          Format::Codec::row_bytes};
 }
 
 extern const KernelTable table;
 // In the order of WeightFormat.
 const KernelTable table = {
     KTCORE_STRING(KTCORE_ISA),
-    {kernels_of<Bf16<Simd>>(), kernels_of<Int8Channel<Simd>>(), kernels_of<Int4Group32<Simd>>()},
+    {kernels_of<Bf16<Simd>>(), kernels_of<Int8Channel<Simd>>(), kernels_of<Int4Group32<Simd>>(),
+     kernels_of<Coded<Simd, true, 1>>(), kernels_of<Coded<Simd, true, 2>>(),
+     kernels_of<Coded<Simd, false, 1>>(), kernels_of<Coded<Simd, false, 2>>()},
     route<Simd>,
     dequantize<Simd>,
     quantize<Simd>,

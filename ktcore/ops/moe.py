@@ -89,6 +89,7 @@ def _compute(
         Request(
             op="moe",
             format=weights.format.name,
+            down_format=None if weights.down_format is weights.format else weights.down_format.name,
             tokens=tokens,
             hidden_size=weights.hidden_size,
             intermediate_size=weights.intermediate_size,

@@ -16,7 +16,8 @@ class ExpertWeights:
         up: the same shape.
         down: [num_experts, hidden_size, intermediate_size].
 
-    All three in one format, on one device. `packed` holds what backends made of them, by layout.
+    Gate and up in one format, down in that or another (as GGUF files mix them), all on one device.
+    `packed` holds what backends made of them, by layout.
     """
 
     def __init__(self, gate: QuantTensor, up: QuantTensor, down: QuantTensor):
@@ -24,11 +25,6 @@ class ExpertWeights:
         for name, weight in (("gate", gate), ("up", up), ("down", down)):
             if not isinstance(weight, QuantTensor):
                 raise TypeError(f"{name}: expected a QuantTensor, got {type(weight).__name__}")
-            if weight.format is not gate.format:
-                raise ValueError(
-                    f"{name}: expected the format of gate, {gate.format.name}, "
-                    f"got {weight.format.name}; mixed formats are not supported"
-                )
             if weight.device != gate.device:
                 raise ValueError(
                     f"{name}: expected the device of gate, {gate.device}, got {weight.device}"
@@ -37,6 +33,11 @@ class ExpertWeights:
             raise ValueError(
                 "gate: expected shape [num_experts, intermediate_size, hidden_size], each at least "
                 f"1, got {list(gate.shape)}"
+            )
+        if up.format is not gate.format:
+            raise ValueError(
+                f"up: expected the format of gate, {gate.format.name}, got {up.format.name}: they "
+                "are read together"
             )
         experts, intermediate, hidden = gate.shape
         if up.shape != gate.shape:
@@ -47,7 +48,7 @@ class ExpertWeights:
             )
         self.gate, self.up, self.down = gate, up, down
         self.num_experts, self.intermediate_size, self.hidden_size = gate.shape
-        self.format, self.device = gate.format, gate.device
+        self.format, self.down_format, self.device = gate.format, down.format, gate.device
         self.packed: dict[str, object] = {}
         self.handle = register(self)
 
@@ -71,8 +72,11 @@ class ExpertWeights:
             weight.parts = {}
 
     def __repr__(self) -> str:
+        formats = self.format.name
+        if self.down_format is not self.format:
+            formats += f" and {self.down_format.name}"
         return (
-            f"ExpertWeights({self.format.name}, num_experts={self.num_experts}, "
+            f"ExpertWeights({formats}, num_experts={self.num_experts}, "
             f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, "
             f"{self.nbytes / 1e6:.1f} MB)"
         )
