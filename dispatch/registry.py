@@ -42,7 +42,6 @@ class Request:
 
     op: str
     format: str | None = None
-    down_format: str | None = None
     tokens: int = 1
     hidden_size: int = 0
     intermediate_size: int = 0
@@ -51,6 +50,7 @@ class Request:
     dtype: str = "bfloat16"
     device: str = "cpu"
     exact: bool = False
+    down_format: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,14 @@ class Implementation:
     Attributes:
         op: name of the operator.
         backend: name of the backend that offers it.
-        formats: stored weight formats it takes; empty for an operator without weights.
+        formats: stored weight formats it takes, of those known by name; empty for an operator
+            without weights.
         run: the function, with the operator's arguments already checked.
         cost: estimated seconds of a request on a machine.
         supports: None where it can serve a request, else the reason why not.
         detail: which variant would run on a machine, for reports.
+        takes: whether it takes a format, by name: also one that a file defined, with a group size
+            that none of the named ones has. By default those in `formats`.
     """
 
     op: str
@@ -74,6 +77,7 @@ class Implementation:
     cost: Callable[[Request, Machine], float]
     supports: Callable[[Request, Machine], str | None] = lambda request, machine: None
     detail: Callable[[Machine], str] = lambda machine: ""
+    takes: Callable[[str], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -442,9 +446,9 @@ def _judge(
     """Why an implementation cannot serve a request (None if it can), its cost, its variant."""
     try:
         detail = i.detail(machine)
-        for format in (request.format, request.down_format or request.format):
-            if i.formats and format not in i.formats:
-                return f"does not take {format}; takes {', '.join(i.formats)}", None, detail
+        for format, which in ((request.format, "this"), (request.down_format, "down's")):
+            if i.formats and format and not (i.takes(format) if i.takes else format in i.formats):
+                return f"does not take {which} format", None, detail
         reason = i.supports(request, machine)
         return reason, None if reason else i.cost(request, machine), detail
     except Exception as error:  # a broken backend must not take the others down

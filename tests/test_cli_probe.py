@@ -464,7 +464,7 @@ def test_explain_passes_the_call_on(run):
             options += [f"--{name.replace('_', '-')}", str(given)]
     data = check(run(*options, "--json")[1])
     expected = registry.explain("moe", **call)
-    assert data["request"] == {"op": "moe", "dtype": "bfloat16", **call}
+    assert data["request"] == {"op": "moe", "dtype": "bfloat16", "down_format": None, **call}
     assert data["chosen"] == expected.chosen and data["judged_tokens"] == 128
     assert [c["reason"] for c in data["candidates"]] == [c.reason for c in expected.candidates]
     text = words(run(*options)[1])

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 import ktcore
 from ktcore import QuantTensor, ops
-from ktcore.formats import format_names, get_format
+from ktcore.formats import get_format
 from ktcore.testing.cases import inputs, pairs
 
-FORMATS = format_names()
+# Of odd shapes; the families of other formats have test files of their own.
+FORMATS = ["bf16", "int8", "int4_g32"]
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
 

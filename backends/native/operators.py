@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -70,7 +72,8 @@ def _seconds(
 
 
 def _moe_cost(backend: str, request: Request, machine: Machine) -> float:
-    bits = get_format(request.format).bits
+    bits = get_format(request.format).bits * 2 / 3
+    bits += get_format(request.down_format or request.format).bits / 3
     per_expert = 3 * request.hidden_size * request.intermediate_size
     experts = max(1, request.num_experts)
     # Experts that at least one token goes to, were they chosen evenly.
@@ -242,14 +245,16 @@ def operators(backend: str) -> list[Implementation]:
     def flat(request: Request, machine: Machine) -> float:
         return CALL_SECONDS + 1e-8 * request.tokens
 
-    def implementation(op, formats, run, cost, supports=_on_cpu):
-        return Implementation(
-            op, backend, formats, run, cost, supports, lambda m: instruction_set(backend, m)
-        )
+    def packable(format: str) -> bool:
+        return is_packable(get_format(format))
+
+    def implementation(op, formats, run, cost, supports=_on_cpu, takes=None):
+        detail = partial(instruction_set, backend)
+        return Implementation(op, backend, formats, run, cost, supports, detail, takes)
 
     return [
-        implementation("moe", FORMATS, moe, lambda r, m: _moe_cost(backend, r, m)),
-        implementation("linear", FORMATS, linear, lambda r, m: _linear_cost(backend, r, m)),
+        implementation("moe", FORMATS, moe, partial(_moe_cost, backend), takes=packable),
+        implementation("linear", FORMATS, linear, partial(_linear_cost, backend), takes=packable),
         implementation("dequantize", OWN_LAYOUT, dequantize, flat),
         implementation("quantize", OWN_LAYOUT, quantize, flat),
         implementation("route", (), route, flat, _route_fits),

@@ -28,8 +28,9 @@ def is_packable(format: Format) -> bool:
     """Whether the kernels have a layout for a format: small integers with scales that fit it."""
     if format.name in OWN_LAYOUT:
         return True
-    whole_sets = format.group_size is None or format.group_size % 16 == 0
-    return type(format).codes is not Format.codes and whole_sets
+    if type(format).codes is Format.codes or getattr(format, "act_order", False):
+        return False
+    return format.group_size is None or format.group_size % 16 == 0
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,7 @@ class _Packer:
         weight.require_parts()
         codes = self.format.codes(weight.parts, weight.shape)
         assert codes is not None
-        if codes.columns is not None:
-            raise RuntimeError(
-                f"{self.format.name} with columns out of order cannot be packed for the CPU "
-                "kernels: use the backend reference"
-            )
+        assert codes.columns is None, self.format.name
         return codes
 
     def widen(self, weight: QuantTensor) -> None:
@@ -138,7 +135,7 @@ def _pack_experts(experts: ExpertWeights) -> object:
     )
     for name, packer in packers.items():
         for e in indices:
-            matrix = packer.matrix(getattr(experts, name)[e])
+            matrix = packer.matrix(getattr(experts, name)[e])  # holds what its addresses point to
             packed.pack(e, name, *matrix.arguments())
     return packed
 
@@ -153,6 +150,7 @@ def packed_matrix(weight: QuantTensor) -> object:
             packer = _Packer(weight.format)
             packer.widen(weight)
             packed = _native.ext.PackedMatrix(packer.layout(weight), *weight.shape)
-            packed.pack(*packer.matrix(weight).arguments())
+            matrix = packer.matrix(weight)  # holds what its addresses point to
+            packed.pack(*matrix.arguments())
             weight.packed[LAYOUT] = packed
     return weight.packed[LAYOUT]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ktcore.dispatch.machine import Machine
 from ktcore.dispatch.registry import Implementation, Request
-from ktcore.formats import format_names, get_format
+from ktcore.formats import format_names
 from ktcore.weights import ExpertWeights, QuantTensor
 
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
@@ -139,11 +139,15 @@ def _flat_cost(request: Request, machine: Machine) -> float:
 
 def operators() -> list[Implementation]:
     """The implementations that this backend registers."""
-    formats = tuple(get_format(name).name for name in format_names())
+    formats = tuple(format_names())
+
+    def implementation(op, run, cost):
+        return Implementation(op, "reference", formats, run, cost, takes=lambda format: True)
+
     return [
-        Implementation("moe", "reference", formats, moe, _moe_cost),
-        Implementation("linear", "reference", formats, linear, _linear_cost),
-        Implementation("dequantize", "reference", formats, dequantize, _flat_cost),
-        Implementation("quantize", "reference", formats, quantize, _flat_cost),
+        implementation("moe", moe, _moe_cost),
+        implementation("linear", linear, _linear_cost),
+        implementation("dequantize", dequantize, _flat_cost),
+        implementation("quantize", quantize, _flat_cost),
         Implementation("route", "reference", (), route, _flat_cost),
     ]

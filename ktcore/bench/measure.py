@@ -230,7 +230,7 @@ class Bench:
         reasons, costs = [], []
         for i in mine:
             if i.formats and format not in i.formats:
-                reasons.append(f"does not take {format}; takes {', '.join(i.formats)}")
+                reasons.append("does not take this format")
             elif why := i.supports(request, machine):
                 reasons.append(why)
             else:

@@ -27,15 +27,27 @@ DTYPE = torch.bfloat16  # of activations
 
 # Rows that are really quantised. Odd, so that experts, whose rows are even in number, differ.
 SAMPLE_ROWS = 61
+TINY = 256  # of a trial call: the largest block of any format
 # The oracle is slow: about this many weights at most, and not more tokens than this.
 ORACLE_WEIGHTS = 200_000_000
 ORACLE_TOKENS = 4
 
 
 def sample_rows(format: Format, columns: int, generator: torch.Generator) -> Parts:
-    """Stored parts of some random rows with entries of about 1/sqrt(columns)."""
+    """Stored parts of some random rows, with entries of about 1/sqrt(columns) where ktcore
+    quantises to the format.
+    """
     rows = torch.randn(SAMPLE_ROWS, columns, generator=generator) / math.sqrt(columns)
-    return format.quantize(rows)
+    try:
+        return format.quantize(rows)
+    except TypeError:  # a format that is only read
+        return format.example((SAMPLE_ROWS, columns), generator)
+
+
+def stored_by_rows(format: Format, columns: int) -> bool:
+    """Whether every part of a matrix is one piece for each of its rows."""
+    specs = format.part_specs((SAMPLE_ROWS, columns)).values()
+    return all(shape[0] == SAMPLE_ROWS for shape, _ in specs)
 
 
 def random_parts(format: Format, shape: tuple[int, ...], sample: Parts) -> Parts:
@@ -135,6 +147,10 @@ class Workload(abc.ABC):
 
     def random_weight(self, *shape: int) -> QuantTensor:
         columns = shape[-1]
+        if not stored_by_rows(self.format, columns):
+            one = self.format.example(shape[-2:], self.generator)
+            parts = {n: p.expand(*shape[:-2], *p.shape).contiguous() for n, p in one.items()}
+            return QuantTensor(self.format, shape, parts)
         if columns not in self._samples:
             self._samples[columns] = sample_rows(self.format, columns, self.generator)
         parts = random_parts(self.format, shape, self._samples[columns])
@@ -233,10 +249,10 @@ class MoeWorkload(Workload):
         return self.shape.top_k * self.shape.expert_weights
 
     def tiny(self) -> ExpertWeights:
-        return self._experts(2, 64, 64)
+        return self._experts(2, TINY, TINY)
 
     def tiny_call(self) -> Call:
-        x = torch.randn(1, 64, generator=self.generator).to(DTYPE)
+        x = torch.randn(1, TINY, generator=self.generator).to(DTYPE)
         return Call(0, (x, torch.tensor([[0, 1]]), torch.full((1, 2), 0.5)), 0, 0)
 
     def draw(self, tokens: int, layer: int) -> Call:
@@ -303,10 +319,10 @@ class LinearWorkload(Workload):
         return self.rows * self.columns
 
     def tiny(self) -> QuantTensor:
-        return self.random_weight(64, 64)
+        return self.random_weight(TINY, TINY)
 
     def tiny_call(self) -> Call:
-        return Call(0, (torch.randn(1, 64, generator=self.generator).to(DTYPE),), 0, 0)
+        return Call(0, (torch.randn(1, TINY, generator=self.generator).to(DTYPE),), 0, 0)
 
     def draw(self, tokens: int, layer: int) -> Call:
         return Call(

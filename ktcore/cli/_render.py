@@ -22,6 +22,7 @@ STATES = {
     "absent": "absent",
 }
 MOST_THREAD_COUNTS = 8  # columns of figures that fit
+MOST_NAMES = 3  # of formats; the table above has them all
 MOST_REASONS = 4  # per backend, before the reader is sent to --explain
 
 
@@ -178,12 +179,15 @@ def _serves(out: Console, serves: list[dict[str, Any]]) -> None:
         for format, cells in by_format.items():
             lines.setdefault(tuple(cells[op] for op in ops), []).append(format)
         table = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
-        for _ in ("format", *ops):
+        for _ in ("formats", *ops):
             table.add_column(overflow="fold")
-        table.add_row(*(Text(t, WEAK) for t in ("  format", *ops)))
-        for cells, formats in lines.items():
-            table.add_row("  " + " ".join(formats), *map(_coloured, cells))
+        table.add_row(*(Text(t, WEAK) for t in ("  formats", *ops)))
+        names = [f"({i})" for i in range(1, len(lines) + 1)] if len(lines) > 1 else ["all"]
+        for name, cells in zip(names, lines, strict=True):
+            table.add_row(f"  {name}", *map(_coloured, cells))
         out.print(table)
+        # Names of formats are many: they get the whole width.
+        out.print(_grid([(n, " ".join(f)) for n, f in zip(names, lines.values(), strict=True)]))
         for op, choice in without.items():
             out.print(Text(f"  {op}: ").append_text(_coloured(choice)))
 
@@ -230,7 +234,8 @@ def _where(requests: list[dict[str, Any]], serves: list[dict[str, Any]]) -> str:
         )
         words = [op]
         if len(here) < len(all_of_it):
-            words += dict.fromkeys(r["format"] for r in here if r["format"])
+            formats = list(dict.fromkeys(r["format"] for r in here if r["format"]))
+            words += formats if len(formats) <= MOST_NAMES else [f"({len(formats)} formats)"]
             if len(phases := {r["phase"] for r in here}) < len(PHASES):
                 words += phases
         if several:

@@ -7,7 +7,7 @@ import pkgutil
 
 from ktcore.formats.base import Codes, Format, Parts
 
-__all__ = ["Codes", "Format", "Parts", "format_names", "get_format"]
+__all__ = ["Codes", "Format", "Parts", "define", "format_names", "get_format"]
 
 _FORMATS: dict[str, Format] = {
     format.name: format
@@ -17,9 +17,18 @@ _FORMATS: dict[str, Format] = {
 _ALIASES = {alias: f.name for f in _FORMATS.values() for alias in f.aliases}
 
 
+_DEFINED: dict[str, Format] = {}  # by files: of group sizes that no named format has
+
+
 def format_names() -> list[str]:
-    """Canonical names of all formats."""
+    """Canonical names of the formats that can be asked for."""
     return list(_FORMATS)
+
+
+def define(format: Format) -> None:
+    """Make a format that a file defined known to `get_format`."""
+    if format.name not in _FORMATS:
+        _DEFINED.setdefault(format.name, format)
 
 
 def get_format(format: str | Format) -> Format:
@@ -30,7 +39,8 @@ def get_format(format: str | Format) -> Format:
     """
     if isinstance(format, Format):
         return format
-    found = _FORMATS.get(_ALIASES.get(format, format)) if isinstance(format, str) else None
+    name = _ALIASES.get(format, format) if isinstance(format, str) else ""
+    found = _FORMATS.get(name) or _DEFINED.get(name)
     if found is None:
         known = ", ".join([*_FORMATS, *_ALIASES])
         raise ValueError(f"format: unknown format {format!r}; known: {known}")

@@ -52,6 +52,9 @@ class Format(abc.ABC):
         aliases: other names that users may give.
         bits: stored bits per weight, scales included, for sizes that need no padding.
         group_size: how many neighbouring weights of a row share a scale; None if they do not.
+        block_size: the number of columns must be a multiple of it.
+        by_rows: every part has the weight's rows for its own, so that matrices can be stacked row
+            upon row part by part.
         arithmetic: what default kernels round activations to, "bf16" or "int16".
         tolerance: largest relative L2 error of `moe` against exact arithmetic on the stored
             weights.
@@ -62,6 +65,8 @@ class Format(abc.ABC):
     aliases: tuple[str, ...] = ()
     bits: float
     group_size: int | None = None
+    block_size: int = 1
+    by_rows: bool = True
     arithmetic: str
     tolerance: float
     exact_tolerance: float = 5e-4

@@ -9,7 +9,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from ktcore.formats import Format, Parts, get_format
+from ktcore.formats import Format, Parts, define, get_format
 
 _handles = itertools.count(1)
 _by_handle: weakref.WeakValueDictionary[int, object] = weakref.WeakValueDictionary()
@@ -47,6 +47,7 @@ class QuantTensor:
     def __init__(self, format: str | Format, shape: tuple[int, ...], parts: Parts):
         """Raises ValueError or TypeError, naming the part, if parts do not fit."""
         self.format = get_format(format)
+        define(self.format)
         self.shape = tuple(int(n) for n in shape)
         if len(self.shape) < 2 or any(n < 0 for n in self.shape):
             raise ValueError(f"shape: expected [..., O, I], got {self.shape}")

@@ -87,16 +87,58 @@ STORED = (
 )
 
 
+# Formats that every case is tried on, one for each way in which weights enter the arithmetic:
+# floats, scales per row, per group and per tile, offsets, levels that are no range, whole blocks.
+# The many others differ in their decoding alone; they are tried on the cases called brief.
+THOROUGH = (
+    *("bf16", "f16", "f32", "int8", "int4_g32"),
+    *("ct4_g32_asym", "fp8_e4m3_b128", "mxfp4", "q4_1"),
+)
+
+
+def thorough(format: str) -> bool:
+    """Whether a format is tried on every case."""
+    return any(get_format(format) is get_format(name) for name in THOROUGH)
+
+
+def whole_blocks(format: str, columns: int) -> int:
+    """The next number of columns that the format can store."""
+    block = get_format(format).block_size
+    return -(-columns // block) * block
+
+
+@functools.cache
+def can_quantize(format: str) -> bool:
+    """Whether the format offers a quantiser; else weights are its examples."""
+    try:
+        get_format(format).quantize(torch.zeros(1, whole_blocks(format, 1)))
+    except TypeError:
+        return False
+    return True
+
+
 def applies(stored: str, format: str) -> bool:
     """Whether a format can be stored that way."""
-    specs = get_format(format).part_specs((32, 32))
-    if stored.startswith("scales_"):
-        return "scales" in specs
-    if stored == "every_code":
-        return not specs["data"][1].is_floating_point
-    if stored == "denormal_weights":
-        return specs["data"][1].is_floating_point
+    rows = 48
+    specs = get_format(format).part_specs((rows, whole_blocks(format, 32)))
+    if stored.startswith("scales_"):  # by rows first, and of a type that torch computes in
+        shape, dtype = specs.get("scales", ((0,), None))
+        return shape[0] == rows and dtype in (torch.float32, torch.float16, torch.bfloat16)
+    if stored in ("every_code", "denormal_weights"):
+        floating = stored == "denormal_weights"
+        return "data" in specs and specs["data"][1].is_floating_point == floating
     return True
+
+
+def _stored(format: str, shape: tuple[int, ...], stored: str, rng: torch.Generator) -> QuantTensor:
+    """A weight [..., O, I] with entries of about 1/sqrt(I), or of about 1 if it is an example."""
+    f = get_format(format)
+    every_code = stored == "every_code" and f.block_size > 1  # scales are among the data
+    if every_code or not can_quantize(format):
+        weight = QuantTensor(f, shape, f.example(shape, rng))
+        return weight if every_code else _altered(weight, stored, rng)
+    dense = torch.randn(shape, generator=rng) / shape[-1] ** 0.5
+    return _altered(QuantTensor.quantize(dense, f), stored, rng)
 
 
 def _altered(weight: QuantTensor, stored: str, rng: torch.Generator) -> QuantTensor:
@@ -118,10 +160,9 @@ def _altered(weight: QuantTensor, stored: str, rng: torch.Generator) -> QuantTen
 
 @functools.lru_cache(maxsize=64)
 def matrix(format: str, rows: int, columns: int, stored: str = "quantised") -> QuantTensor:
-    """A weight [rows, columns]."""
+    """A weight [rows, columns]; columns are whole blocks."""
     rng = generator(f"matrix {rows} {columns}")
-    dense = torch.randn(rows, columns, generator=rng) / columns**0.5
-    weight = _altered(QuantTensor.quantize(dense, format), stored, rng)
+    weight = _stored(format, (rows, columns), stored, rng)
     if stored == "scales_huge":
         weight.parts["scales"].mul_(1e30)
     elif stored == "scales_nan":
@@ -137,16 +178,12 @@ def experts(
     intermediate_size: int,
     stored: str = "quantised",
 ) -> ExpertWeights:
-    """The experts of a layer."""
+    """The experts of a layer; sizes are whole blocks."""
     rng = generator(f"experts {num_experts} {hidden_size} {intermediate_size}")
-
-    def weight(rows: int, columns: int) -> QuantTensor:
-        dense = torch.randn(num_experts, rows, columns, generator=rng) / columns**0.5
-        return _altered(QuantTensor.quantize(dense, format), stored, rng)
-
-    gate = weight(intermediate_size, hidden_size)
-    up = weight(intermediate_size, hidden_size)
-    down = weight(hidden_size, intermediate_size)
+    gate, up = (
+        _stored(format, (num_experts, intermediate_size, hidden_size), stored, rng) for _ in "gu"
+    )
+    down = _stored(format, (num_experts, hidden_size, intermediate_size), stored, rng)
     if stored == "scales_huge":
         down.parts["scales"].mul_(1e30)
     elif stored == "scales_nan":

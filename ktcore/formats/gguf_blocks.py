@@ -1,0 +1,187 @@
+"""What GGUF's block types share: rows of fixed-size blocks, each decoded on its own.
+
+A row of I weights is stored as I / block_size blocks of type_size bytes, exactly the file's bytes.
+The layouts are those of llama.cpp's `ggml-common.h` and `ggml-quants.c`, as `gguf.quants` of its
+gguf-py reads them; the tests hold every type against the latter.
+"""
+
+from __future__ import annotations
+
+import abc
+
+import torch
+from torch import Tensor
+
+from ktcore.formats.base import Codes, Format, Parts, Shape
+
+# Blocks quantised at a time: bounds the memory of the searches for scales.
+CHUNK_WEIGHTS = 1 << 20
+
+# codes uint8 [N, block_size], scales float32 [N, block_size / group_size], offsets likewise or None
+Unpacked = tuple[Tensor, Tensor, "Tensor | None"]
+
+
+class BlockFormat(Format):
+    """A GGUF block type. Parts: data uint8 [..., O, I / block_size * type_size].
+
+    A type says how a block is taken apart (`unpack`) and, where users quantise to it, put together
+    (`pack`). All arithmetic is here: value = scales * levels[codes] + offsets. A scale is a float16
+    times a small integer and a level a small integer, so their product has at most 24 bits and
+    float32 rounds once, where an offset is added.
+
+    Attributes:
+        type_size: bytes of a block.
+        levels: the integer that each code stands for.
+        halves: where a block has float16 scales and offsets: byte offset, and about how large that
+            number is relative to the first for values that are centred. For `example`.
+    """
+
+    type_size: int
+    group_size: int
+    levels: tuple[int, ...]
+    halves: tuple[tuple[int, float], ...]
+    arithmetic = "int16"
+    tolerance = 0.008
+
+    def __init__(self) -> None:
+        self.aliases = (self.name.upper(),)
+        self.bits = self.type_size * 8 / self.block_size
+
+    @abc.abstractmethod
+    def unpack(self, blocks: Tensor) -> Unpacked:
+        """Codes, scales and offsets of blocks uint8 [N, type_size]."""
+
+    def pack(self, x: Tensor) -> Tensor:
+        """The blocks uint8 [N, type_size] nearest to x float32 [N, block_size], all finite."""
+        raise TypeError(
+            f"format: quantising to {self.name} is not offered; it is read from GGUF files that "
+            f"llama.cpp made"
+        )
+
+    def part_specs(self, shape: Shape) -> dict[str, tuple[Shape, torch.dtype]]:
+        if shape[-1] % self.block_size:
+            raise ValueError(
+                f"shape: rows of {self.name} are blocks of {self.block_size} weights, expected a "
+                f"multiple of that, got rows of {shape[-1]} in {tuple(shape)}"
+            )
+        size = shape[-1] // self.block_size * self.type_size
+        return {"data": ((*shape[:-1], size), torch.uint8)}
+
+    def quantize(self, weight: Tensor) -> Parts:
+        """Searches for scales by least squares, as llama.cpp does, each weight alike important.
+
+        A block with a NaN or an infinity gets NaN scales; one whose scales are beyond float16 gets
+        infinite ones, one whose scales are below becomes zero.
+        """
+        specs = self.part_specs(tuple(weight.shape))
+        # Contiguous: the order of a sum would otherwise depend on the strides.
+        x = weight.to(torch.float32).reshape(-1, self.block_size).contiguous()
+        blocks = x.new_empty((len(x), self.type_size), dtype=torch.uint8)
+        step = CHUNK_WEIGHTS // self.block_size
+        for start in range(0, max(1, len(x)), step):  # once for no rows: it may raise
+            part = x[start : start + step]
+            sound = part.isfinite().all(-1, keepdim=True)
+            packed = self.pack(torch.where(sound, part, 0.0))
+            blocks[start : start + step] = torch.where(sound, packed, self._spoilt(packed))
+        return {"data": blocks.reshape(specs["data"][0])}
+
+    def _spoilt(self, blocks: Tensor) -> Tensor:
+        """The same blocks with scales that are NaN."""
+        blocks = blocks.clone()
+        for at, _ in self.halves:
+            set_half(blocks, at, torch.full((len(blocks), 1), float("nan"), device=blocks.device))
+        return blocks
+
+    def dequantize(self, parts: Parts, shape: Shape, dtype: torch.dtype = torch.float32) -> Tensor:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        codes, scales, offsets = self._unpack(parts)
+        levels = torch.tensor(self.levels, dtype=wide, device=codes.device)
+        values = look_up(levels, codes.to(torch.int32)).unflatten(-1, (-1, self.group_size))
+        values *= scales.to(wide)[..., None]
+        if offsets is not None:
+            values += offsets.to(wide)[..., None]
+        return values.reshape(shape).to(dtype)
+
+    def codes(self, parts: Parts, shape: Shape) -> Codes:
+        codes, scales, offsets = self._unpack(parts)
+        groups = (*shape[:-1], shape[-1] // self.group_size)
+        return Codes(
+            codes=codes.reshape(shape),
+            levels=torch.tensor(self.levels, dtype=torch.int8, device=codes.device),
+            scales=scales.reshape(groups),
+            offsets=None if offsets is None else offsets.reshape(groups),
+            group_size=self.group_size,
+        )
+
+    def _unpack(self, parts: Parts) -> Unpacked:
+        return self.unpack(parts["data"].reshape(-1, self.type_size))
+
+    def example(self, shape: Shape, generator: torch.Generator) -> Parts:
+        """Random bytes, which are every code, with scales that make values of about unit size."""
+        (size, dtype) = self.part_specs(shape)["data"]
+        blocks = torch.randint(0, 256, size, generator=generator).to(dtype)
+        blocks = blocks.reshape(-1, self.type_size)
+        signed = torch.rand(len(blocks), 1, generator=generator) - 0.5
+        self.set_scales(blocks, (signed.abs() + 0.75).copysign(signed), generator)
+        return {"data": blocks.reshape(size)}
+
+    def set_scales(self, blocks: Tensor, size: Tensor, generator: torch.Generator) -> None:
+        """Make the values of random blocks about as large as size [N, 1]."""
+        one = torch.ones(1, 1)
+        probe = torch.randint(0, 256, (64, self.type_size), generator=generator).to(torch.uint8)
+        for at, ratio in self.halves:
+            set_half(probe, at, one * ratio)
+        unit = self.dequantize({"data": probe}, (64, self.block_size)).std()
+        for at, ratio in self.halves:
+            set_half(blocks, at, size * ratio / unit)
+
+
+# ---------------------------------------------------------------------------------- taking apart
+
+
+def look_up(table: Tensor, index: Tensor) -> Tensor:
+    """table[index], by the fastest of torch's ways."""
+    return table.index_select(0, index.flatten()).view(index.shape)
+
+
+def half(blocks: Tensor, at: int) -> Tensor:
+    """The float16 at a byte offset of each block, as float32 [N, 1]."""
+    return blocks[:, at : at + 2].contiguous().view(torch.float16).to(torch.float32)
+
+
+def set_half(blocks: Tensor, at: int, value: Tensor) -> None:
+    """Store value [N or 1, 1] as the float16 at a byte offset of each block."""
+    blocks[:, at : at + 2] = half_bytes(value)
+
+
+def half_bytes(value: Tensor) -> Tensor:
+    """value [N, 1] as float16: uint8 [N, 2]."""
+    return value.to(torch.float16).flatten().contiguous().view(torch.uint8).view(-1, 2)
+
+
+def rounded(value: Tensor) -> Tensor:
+    """value as float16 stores it."""
+    return value.to(torch.float16).to(torch.float32)
+
+
+def fields(packed: Tensor, bits: int, run: int) -> Tensor:
+    """Small unsigned integers [N, M * 8 / bits] out of bytes uint8 [N, M].
+
+    Bytes come in runs; of each run first the lowest bits of all its bytes, then the next higher.
+    """
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+    runs = packed.unflatten(-1, (-1, 1, run)) >> shifts[:, None]
+    return (runs & ((1 << bits) - 1)).flatten(-3)
+
+
+def unfields(values: Tensor, bits: int, run: int) -> Tensor:
+    """The inverse of `fields`: bytes uint8 [N, M] out of integers [N, M * 8 / bits]."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=values.device)
+    runs = values.to(torch.uint8).unflatten(-1, (-1, 8 // bits, run)) << shifts[:, None]
+    return runs.sum(-2, dtype=torch.uint8).flatten(-2)
+
+
+def words(packed: Tensor, size: int) -> Tensor:
+    """Little-endian integers of 2 or 4 bytes as int64 [N, M / size], out of bytes [N, M]."""
+    parts = packed.unflatten(-1, (-1, size)).to(torch.int64)
+    return (parts << torch.arange(0, 8 * size, 8, device=packed.device)).sum(-1)

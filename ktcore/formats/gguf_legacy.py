@@ -1,0 +1,185 @@
+"""GGUF's types of 32 weights with one float16 scale: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0; and MXFP4.
+
+Layout: llama.cpp's `ggml-common.h` (block_q4_0 and following), read by `gguf.quants`. Columns i and
+i + 16 of a block share a byte of 4-bit codes; the fifth bits come in column order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ktcore.formats.gguf_blocks import (
+    BlockFormat,
+    Unpacked,
+    fields,
+    half,
+    half_bytes,
+    look_up,
+    rounded,
+    unfields,
+)
+from ktcore.formats.gguf_search import Levels, affine, encode_affine, symmetric
+
+
+class _Legacy(BlockFormat):
+    block_size = 32
+    group_size = 32
+    halves = ((0, 1.0),)
+
+    def codes_at(self, blocks: Tensor, at: int, high: int | None = None) -> Tensor:
+        """4-bit codes at a byte offset, with the fifth bits at `high`."""
+        low = fields(blocks[:, at : at + 16], 4, 16)
+        if high is None:
+            return low
+        return low | fields(blocks[:, high : high + 4], 1, 1) << 4
+
+
+def _symmetric(highest: int) -> list[float]:
+    return [-highest + 0.1 * step for step in range(-12, 13)]
+
+
+class Q4_0(_Legacy):
+    """value = d * (q - 8)."""
+
+    name = "q4_0"
+    type_size = 18
+    levels = tuple(range(-8, 8))
+
+    def unpack(self, blocks: Tensor) -> Unpacked:
+        return self.codes_at(blocks, 2), half(blocks, 0), None
+
+    def pack(self, x: Tensor) -> Tensor:
+        levels = Levels(self.levels)
+        d = symmetric(x, levels, _symmetric(8))
+        q = levels.encode(x, rounded(d))
+        return torch.cat([half_bytes(d), unfields(q, 4, 16)], -1)
+
+
+class Q4_1(_Legacy):
+    """value = d * q + m."""
+
+    name = "q4_1"
+    type_size = 20
+    levels = tuple(range(16))
+    halves = ((0, 1.0), (2, -7.5))
+
+    def unpack(self, blocks: Tensor) -> Unpacked:
+        return self.codes_at(blocks, 4), half(blocks, 0), half(blocks, 2)
+
+    def pack(self, x: Tensor) -> Tensor:
+        d, m = affine(x, 15, positive_offset=True, steps=_AFFINE)
+        q = encode_affine(x, rounded(d), rounded(m), 15)
+        return torch.cat([half_bytes(d), half_bytes(m), unfields(q, 4, 16)], -1)
+
+
+class Q5_0(_Legacy):
+    """value = d * (q - 16)."""
+
+    name = "q5_0"
+    type_size = 22
+    levels = tuple(range(-16, 16))
+
+    def unpack(self, blocks: Tensor) -> Unpacked:
+        return self.codes_at(blocks, 6, high=2), half(blocks, 0), None
+
+    def pack(self, x: Tensor) -> Tensor:
+        levels = Levels(self.levels)
+        d = symmetric(x, levels, _symmetric(16))
+        q = levels.encode(x, rounded(d))
+        return torch.cat([half_bytes(d), unfields(q >> 4, 1, 1), unfields(q & 15, 4, 16)], -1)
+
+
+class Q5_1(_Legacy):
+    """value = d * q + m."""
+
+    name = "q5_1"
+    type_size = 24
+    levels = tuple(range(32))
+    halves = ((0, 1.0), (2, -15.5))
+
+    def unpack(self, blocks: Tensor) -> Unpacked:
+        return self.codes_at(blocks, 8, high=4), half(blocks, 0), half(blocks, 2)
+
+    def pack(self, x: Tensor) -> Tensor:
+        d, m = affine(x, 31, positive_offset=True, steps=_AFFINE)
+        q = encode_affine(x, rounded(d), rounded(m), 31)
+        high, low = unfields(q >> 4, 1, 1), unfields(q & 15, 4, 16)
+        return torch.cat([half_bytes(d), half_bytes(m), high, low], -1)
+
+
+class Q8_0(_Legacy):
+    """value = d * q, q int8. The quantiser uses -127..127; a stored -128 is honoured."""
+
+    name = "q8_0"
+    type_size = 34
+    levels = tuple(range(-128, 128))
+
+    def unpack(self, blocks: Tensor) -> Unpacked:
+        return blocks[:, 2:] ^ 128, half(blocks, 0), None
+
+    def pack(self, x: Tensor) -> Tensor:
+        levels = Levels(range(-127, 128))
+        d = symmetric(x, levels, [-127 + 0.25 * step for step in range(-2, 3)])
+        q = levels.encode(x, rounded(d)) - 127
+        return torch.cat([half_bytes(d), q.to(torch.int8).view(torch.uint8)], -1)
+
+
+class MXFP4(_Legacy):
+    """4-bit floats (E2M1) with a power of two (E8M0) as GGUF stores them, one byte a block.
+
+    value = 2^(e - 128) * level, levels being twice the E2M1 values. GGUF has no NaN here: e = 255
+    is one more power of two. The quantiser therefore refuses what is not finite.
+    """
+
+    name = "gguf_mxfp4"
+    type_size = 17
+    levels = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+    halves = ()
+
+    def unpack(self, blocks: Tensor) -> Unpacked:
+        return self.codes_at(blocks, 1), self._power(blocks[:, :1]), None
+
+    @staticmethod
+    def _power(e: Tensor) -> Tensor:
+        """2^(e - 128); the two smallest are subnormal."""
+        e = e.to(torch.int32)
+        return torch.where(e < 2, 0x200000 << e.clamp(max=1), (e - 1) << 23).view(torch.float32)
+
+    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+        if not weight.isfinite().all():
+            raise ValueError(
+                "weight: expected finite numbers, got a NaN or an infinity, which gguf_mxfp4 "
+                "cannot store"
+            )
+        return super().quantize(weight)
+
+    def pack(self, x: Tensor) -> Tensor:
+        magnitudes = Levels(self.levels[:8])
+        largest = x.abs().amax(-1, keepdim=True)
+        # The largest weight falls to 8..16 with the power that most writers take, or twice or half.
+        e = torch.frexp(largest).exponent.to(torch.float32) + 124
+        best, best_error = torch.zeros_like(x), torch.full_like(largest, float("inf"))
+        best_e = torch.zeros_like(largest)
+        for step in (0, 1, -1):
+            trial = torch.where(largest > 0, (e + step).clamp(0, 254), 0.0)
+            scale = self._power(trial)
+            # (The reciprocal of the smallest power would leave the range of float32.)
+            index = magnitudes.index((x.abs() / scale).clamp(max=1e6))
+            value = look_up(torch.tensor(magnitudes.values, device=x.device), index) * scale
+            # In float64: squares of the smallest weights vanish in float32.
+            error = (value - x.abs()).to(torch.float64).square().sum(-1, keepdim=True)
+            better = error < best_error
+            best_error = torch.where(better, error, best_error)
+            best_e = torch.where(better, trial, best_e)
+            best = torch.where(better, index.to(x.dtype), best)
+        q = best.to(torch.uint8) | ((x < 0) & (best > 0)).to(torch.uint8) << 3
+        return torch.cat([best_e.to(torch.uint8), unfields(q, 4, 16)], -1)
+
+    def set_scales(self, blocks: Tensor, size: Tensor, generator: torch.Generator) -> None:
+        blocks[:, 0] = 125 + (size.flatten() > 0).to(torch.uint8)
+
+
+_AFFINE = tuple(-1 + 0.1 * step for step in range(21))
+
+FORMATS = [Q4_0(), Q4_1(), Q5_0(), Q5_1(), Q8_0(), MXFP4()]
