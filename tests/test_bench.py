@@ -26,7 +26,7 @@ from ktcore.bench.presets import EMBEDDED, PRESETS, Shape, find_preset
 from ktcore.bench.workload import draw_routing, make_workload, random_parts, sample_rows
 from ktcore.cli import _run
 from ktcore.dispatch import probe, registry
-from ktcore.formats import format_names, get_format
+from ktcore.formats import get_format
 
 SHAPE = Shape(64, 32, 8, 2)
 FORMATS = ("bf16", "int8", "int4_g32")

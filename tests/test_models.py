@@ -362,7 +362,7 @@ def copied(tmp_path: Path, changes: dict | None = None) -> Path:
         ({"mlp_only_layers": [0]}, "lacks the tensor 'model.layers.0.mlp.gate_proj.weight'"),
         ({"attention_bias": True}, "lacks the tensor 'model.layers.0.self_attn.q_proj.bias'"),
         ({"tie_word_embeddings": False}, "lacks the tensor 'lm_head.weight'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "quantization_config.quant_method"),
         ({"eos_token_id": "end"}, None),  # generation_config.json goes before it
     ],
 )

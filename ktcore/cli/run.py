@@ -20,9 +20,9 @@ def command(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="MODEL_FOLDER",
-            help="A folder as downloaded from Hugging Face; the model that ktcore ships, a small "
-            "one that knows the King James Bible, unless given.",
+            metavar="MODEL",
+            help="A folder as downloaded from Hugging Face, or a .gguf file; the model that ktcore "
+            "ships, a small one that knows the King James Bible, unless given.",
             show_default=False,
         ),
     ] = None,
@@ -128,6 +128,7 @@ def command(
       ktcore run
       ktcore run --prompt "In the beginning" --format int4 --compare
       ktcore run ./Qwen3-30B-A3B --format int4 --prompt "Why is the sky blue?"
+      ktcore run ./Qwen3-30B-A3B-Q4_K_M.gguf
       ktcore run --temperature 0 --json > result.json
 
     Exit status: 0 done, 1 it could not be done, 2 the command line is wrong.
@@ -181,6 +182,7 @@ def command(
             "model_type": loaded.model_type,
             "parameters": loaded.parameters,
             "expert_format": loaded.expert_format.name if loaded.expert_format else None,
+            "expert_formats": loaded.expert_formats,
         },
         "prompt": prompt,
         "prompt_tokens": len(ids),
@@ -423,7 +425,7 @@ def _print_statistics(result: dict[str, Any]) -> None:
     for op, name in result["backends"].items():
         ops_of.setdefault(name, []).append(op)
     served = "; ".join(f"{name} ({', '.join(ops)})" for name, ops in ops_of.items())
-    experts = f"{model['expert_format']} experts" if model["expert_format"] else "no experts"
+    experts = f"{' + '.join(model['expert_formats']) or 'no'} experts"
     threads = f"{machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"
     typer.echo(
         f"\n{model['name']}: {_number(model['parameters'] / 1e6)} M weights, {experts}, loaded in "

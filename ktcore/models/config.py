@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,38 +43,26 @@ class DecoderConfig:
     tie_word_embeddings: bool
 
 
-class JsonFile:
-    """A JSON object read field by field; whatever is wrong is a CheckpointError that names it."""
+class Fields:
+    """Settings of a file, read one by one; what is wrong is a CheckpointError that names it.
 
-    def __init__(self, path: Path):
-        """Raises CheckpointError if the file is missing, unreadable or not a JSON object."""
-        self.path = path
-        try:
-            self.fields = json.loads(path.read_text("utf-8"))
-        except FileNotFoundError:
-            raise CheckpointError(
-                path,
-                "no such file: a model folder holds config.json, safetensors files and "
-                "tokenizer.json, as downloaded from Hugging Face",
-            ) from None
-        except OSError as error:
-            raise CheckpointError(path, f"cannot be read: {error.strerror or error}") from error
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(path, f"not valid JSON: {error}; download it again") from None
-        if not isinstance(self.fields, dict):
-            raise CheckpointError(path, f"expected a JSON object, got {_kind(self.fields)}")
-        self.prefix = ""
+    Attributes:
+        path: the file.
+        fields: values by name.
+        prefix: what error messages put before a name.
+    """
 
-    def inner(self, name: str) -> JsonFile | None:
+    def __init__(self, path: Path, fields: dict, prefix: str = ""):
+        self.path, self.fields, self.prefix = path, fields, prefix
+
+    def inner(self, name: str) -> Fields | None:
         """An object within the object, None where it is absent or null."""
         fields = self.get(name)
         if fields is None:
             return None
         if not isinstance(fields, dict):
             raise self.error(name, f"expected an object, got {_kind(fields)}")
-        inner = copy.copy(self)
-        inner.fields, inner.prefix = fields, f"{self.prefix}{name}."
-        return inner
+        return Fields(self.path, fields, f"{self.prefix}{name}.")
 
     def error(self, name: str, what: str) -> CheckpointError:
         return CheckpointError(self.path, f"{self.prefix}{name}: {what}")
@@ -126,6 +113,28 @@ class JsonFile:
         if not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values):
             raise self.error(name, f"expected integers of at least 0, got {_kind(value)}")
         return values
+
+
+class JsonFile(Fields):
+    """A JSON object."""
+
+    def __init__(self, path: Path):
+        """Raises CheckpointError if the file is missing, unreadable or not a JSON object."""
+        try:
+            fields = json.loads(path.read_text("utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(
+                path,
+                "no such file: a model folder holds config.json, safetensors files and "
+                "tokenizer.json, as downloaded from Hugging Face",
+            ) from None
+        except OSError as error:
+            raise CheckpointError(path, f"cannot be read: {error.strerror or error}") from error
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(path, f"not valid JSON: {error}; download it again") from None
+        if not isinstance(fields, dict):
+            raise CheckpointError(path, f"expected a JSON object, got {_kind(fields)}")
+        super().__init__(path, fields)
 
 
 def _kind(value: object) -> str:

@@ -16,7 +16,8 @@ from torch import Tensor
 from ktcore.dispatch import Request
 from ktcore.models.config import DecoderConfig
 from ktcore.models.moe_layer import MoeLayer
-from ktcore.models.projection import Projection
+from ktcore.models.projection import Embedding, Projection, SideBySide
+from ktcore.weights import QuantTensor
 
 CHUNK = 256  # positions; the KV cache is allocated in multiples of it
 
@@ -146,7 +147,13 @@ class Attention:
         o: heads * head_dim to hidden_size.
     """
 
-    def __init__(self, config: DecoderConfig, qkv: Projection, norm: RmsNorm, o: Projection):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        qkv: Projection | SideBySide,
+        norm: RmsNorm,
+        o: Projection,
+    ):
         self.qkv, self.norm, self.o = qkv, norm, o
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
@@ -180,14 +187,14 @@ class Attention:
 class Mlp:
     """A gated MLP (arXiv 2002.05202); its gate and up projections are one matrix."""
 
-    def __init__(self, gate_up: Projection, down: Projection):
+    def __init__(self, gate_up: Projection | SideBySide, down: Projection):
         self.gate_up, self.down = gate_up, down
 
     def __call__(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, -1)
         return self.down(F.silu(gate).mul_(up))
 
-    def projections(self) -> dict[str, Projection]:
+    def projections(self) -> dict[str, Projection | SideBySide]:
         """Its dense weights, by what they are for."""
         return {"gate and up": self.gate_up, "down": self.down}
 
@@ -205,7 +212,7 @@ class Layer:
         self.attention_norm, self.attention = attention_norm, attention
         self.mlp_norm, self.mlp = mlp_norm, mlp
 
-    def projections(self) -> dict[str, Projection]:
+    def projections(self) -> dict[str, Projection | SideBySide]:
         """Its dense weights, by what they are for."""
         attention = {"qkv": self.attention.qkv, "output": self.attention.o}
         return {**attention, **self.mlp.projections()}
@@ -220,8 +227,7 @@ class Layer:
     def requests(self, tokens: int) -> Iterator[tuple[str, Request]]:
         """The operator calls for so many tokens, each with what it is for."""
         for name, projection in self.projections().items():
-            request = projection.request(tokens)
-            if request is not None:
+            for request in projection.requests(tokens):
                 yield name, request
         if isinstance(self.mlp, MoeLayer):
             yield from self.mlp.requests(tokens)
@@ -231,7 +237,7 @@ class Decoder:
     """Token ids to logits.
 
     Args:
-        embedding: [vocab_size, hidden_size], any floating dtype.
+        embedding: [vocab_size, hidden_size], any floating dtype or a `QuantTensor`.
         layers: one `Layer` for each of config.num_hidden_layers.
         norm: before the head.
         head: hidden_size to vocab_size.
@@ -240,17 +246,17 @@ class Decoder:
     def __init__(
         self,
         config: DecoderConfig,
-        embedding: Tensor,
+        embedding: Tensor | QuantTensor,
         layers: list[Layer],
         norm: RmsNorm,
         head: Projection,
     ):
-        self.config, self.embedding, self.layers = config, embedding, layers
+        self.config, self.embedding, self.layers = config, Embedding(embedding), layers
         self.norm, self.head = norm, head
         self.rotary = Rotary(config.head_dim, config.rope_theta)
         self._largest_dense = max(p.torch_weights for p in self._projections())
 
-    def _projections(self) -> Iterator[Projection]:
+    def _projections(self) -> Iterator[Projection | SideBySide]:
         yield self.head
         for layer in self.layers:
             yield from layer.projections().values()
@@ -279,7 +285,7 @@ class Decoder:
         attention = 2 * end * self.config.num_attention_heads * self.config.head_dim
         work = tokens * max(attention, self._largest_dense)
         with one_torch_thread(work < PARALLEL_WORK):
-            x = F.embedding(ids, self.embedding).to(torch.float32)
+            x = self.embedding(ids)
             for i, layer in enumerate(self.layers):
                 x = x + layer.attention(layer.attention_norm(x), cos, sin, mask, cache, i)
                 x = x.add_(layer.mlp(layer.mlp_norm(x)))

@@ -11,7 +11,8 @@ import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from ktcore.models.config import DecoderConfig, JsonFile
+from ktcore.models.config import DecoderConfig, Fields, JsonFile
+from ktcore.weights import GgufFile
 
 Shape = tuple[int, ...]
 
@@ -45,6 +46,48 @@ class TensorNames:
     # intermediate], as transformers 5 holds them.
     stacked_gate_up: str = "model.layers.{layer}.mlp.experts.gate_up_proj"
     stacked_down: str = "model.layers.{layer}.mlp.experts.down_proj"
+    # Gate and up in a tensor each, where a checkpoint may hold them so.
+    stacked_gate: str | None = None
+    stacked_up: str | None = None
+
+
+# What llama.cpp calls them in GGUF files.
+GGUF_NAMES = TensorNames(
+    embedding="token_embd.weight",
+    final_norm="output_norm.weight",
+    head="output.weight",
+    attention_norm="blk.{layer}.attn_norm.weight",
+    mlp_norm="blk.{layer}.ffn_norm.weight",
+    q="blk.{layer}.attn_q",
+    k="blk.{layer}.attn_k",
+    v="blk.{layer}.attn_v",
+    o="blk.{layer}.attn_output",
+    q_norm="blk.{layer}.attn_q_norm.weight",
+    k_norm="blk.{layer}.attn_k_norm.weight",
+    router="blk.{layer}.ffn_gate_inp",
+    mlp_gate="blk.{layer}.ffn_gate",
+    mlp_up="blk.{layer}.ffn_up",
+    mlp_down="blk.{layer}.ffn_down",
+    stacked_gate="blk.{layer}.ffn_gate_exps.weight",
+    stacked_up="blk.{layer}.ffn_up_exps.weight",
+    stacked_down="blk.{layer}.ffn_down_exps.weight",
+)
+
+
+@dataclass(frozen=True)
+class GgufArchitecture:
+    """How GGUF files hold models of a family.
+
+    Attributes:
+        name: value of `general.architecture`, and what the keys of its settings begin with.
+        read_config: those settings, and the file, to `DecoderConfig`; raises CheckpointError for
+            what is malformed or not supported, naming the key.
+        names: what the tensors are called.
+    """
+
+    name: str
+    read_config: Callable[[Fields, GgufFile], DecoderConfig]
+    names: TensorNames = GGUF_NAMES
 
 
 @dataclass(frozen=True)
@@ -56,11 +99,13 @@ class Family:
         read_config: config.json to `DecoderConfig`; raises CheckpointError for what is malformed
             or not supported, naming the field.
         names: what the tensors are called.
+        gguf: the same for GGUF files, None if there are none.
     """
 
     model_types: tuple[str, ...]
     read_config: Callable[[JsonFile], DecoderConfig]
     names: TensorNames = TensorNames()
+    gguf: GgufArchitecture | None = None
 
 
 def _families() -> Iterator[Family]:

@@ -1,4 +1,4 @@
-"""From a model folder to a `Model`, layer by layer."""
+"""From a model's files to a `Model`, layer by layer."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from torch import Tensor
 
 from ktcore import ops
 from ktcore.formats import Format, get_format
-from ktcore.models.config import DecoderConfig, JsonFile
 from ktcore.models.decoder import Attention, Decoder, Layer, Mlp, RmsNorm, one_torch_thread
-from ktcore.models.family import TensorNames, find_family
 from ktcore.models.model import Model
 from ktcore.models.moe_layer import MoeLayer
-from ktcore.models.projection import Projection
-from ktcore.weights import Checkpoint, CheckpointError, ExpertWeights, QuantTensor
+from ktcore.models.projection import Projection, SideBySide, joined
+from ktcore.models.source import Source, open_source
+from ktcore.weights import CheckpointError, ExpertWeights, GgufFile, QuantTensor
+from ktcore.weights.gguf_file import unsupported
+from ktcore.weights.gguf_header import GgufTensorInfo
+from ktcore.weights.quantization import QuantInfo, stack
+from ktcore.weights.safetensors_file import TensorInfo
 
 EMBEDDED = Path(__file__).parent.parent / "data" / "kjv-moe"
 FLOATS = (torch.bfloat16, torch.float32, torch.float16)
@@ -25,6 +28,9 @@ FLOATS = (torch.bfloat16, torch.float32, torch.float16)
 # Below this many bytes of checkpoint the stored weights are kept beside the packed ones, so that
 # any backend can be tried on a loaded model; above, memory matters more.
 KEEP_STORED_BELOW = 1 << 30
+
+# Experts of a stack that are quantised anew at a time, so that their float32 form stays small.
+EXPERTS_AT_ONCE = 8
 
 Progress = Callable[[int, int], None]
 
@@ -40,7 +46,8 @@ def load_model(
 
     Args:
         path: a local folder with config.json, safetensors and tokenizer.json, as Hugging Face lays
-            it out; None for the small model that ktcore ships.
+            it out, or a GGUF file (any part of one that was split), which needs nothing else; None
+            for the small model that ktcore ships.
         format: quantise the experts to this format while loading, layer by layer; None takes them
             as stored. Everything else stays as stored.
         release: free each layer's stored weights once a backend has packed them, so that the peak
@@ -52,40 +59,52 @@ def load_model(
         The `Model`. Weights are packed for the backend that would serve them now.
 
     Raises:
-        CheckpointError: the folder, or a file in it, is no model or not a supported one.
+        CheckpointError: a file or folder is missing, no model or not a supported one.
         ValueError: unknown format.
     """
-    folder = EMBEDDED if path is None else Path(path)
     wanted = None if format is None else get_format(format)
-    if not folder.is_dir():
-        what = "is not a folder" if folder.exists() else "no such folder"
-        raise CheckpointError(
-            folder, f"{what}; expected a model folder with config.json and safetensors files"
-        )
-    file = JsonFile(folder / "config.json")
-    family = find_family(file)
-    config = family.read_config(file)
-    reader = _Reader(Checkpoint(folder), config, family.names, wanted)
+    source = open_source(EMBEDDED if path is None else Path(path))
+    reader = _Reader(source, wanted)
     reader.check()
     if release is None:
         release = reader.nbytes() >= KEEP_STORED_BELOW
     with torch.inference_mode():
         decoder = reader.decoder(release, progress)
-    return Model(folder, file.text("model_type"), decoder, reader.parameters())
+    return Model(source, decoder, reader.parameters())
+
+
+def why_not_loadable(path: Path) -> str | None:
+    """Why `load_model` would refuse a folder or file, None if it would not; only headers are read.
+
+    A tokenizer is not looked at: token ids do without.
+    """
+    try:
+        _Reader(open_source(path), None).check()
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def _why_not(info: TensorInfo | GgufTensorInfo) -> str | None:
+    """Why a tensor cannot be used as a weight, None if it can."""
+    if isinstance(info, GgufTensorInfo) and (why := unsupported(info)):
+        return why
+    if info.dtype is not None and info.dtype not in FLOATS:
+        return f"is {info.dtype}, expected bfloat16, float32 or float16"
+    return None
 
 
 class _Reader:
     """Makes the parts of a decoder from a checkpoint's tensors."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        config: DecoderConfig,
-        names: TensorNames,
-        format: Format | None,
-    ):
-        self.checkpoint, self.config, self.names, self.format = checkpoint, config, names, format
-        self.stacked = self._name("stacked_down", self._first_moe_layer()) in checkpoint
+    def __init__(self, source: Source, format: Format | None):
+        self.checkpoint, self.config, self.names = source.checkpoint, source.config, source.names
+        self.stated_in, self.format = source.stated_in, format
+        layer = self._first_moe_layer()
+        self.stacked = self._name("stacked_down", layer) in self.checkpoint
+        self.gate_up_apart = self.names.stacked_gate is not None and (
+            self._name("stacked_gate", layer) in self.checkpoint
+        )
 
     def _first_moe_layer(self) -> int:
         layers = range(self.config.num_hidden_layers)
@@ -97,7 +116,7 @@ class _Reader:
     # ------------------------------------------------------------------ what there must be
 
     def check(self) -> None:
-        """Raises CheckpointError unless every tensor is there, in its shape and a float dtype.
+        """Raises CheckpointError unless every tensor is there, in its shape and a usable type.
 
         Before anything is allocated: sizes in config.json are believed only where files bear them
         out.
@@ -107,17 +126,14 @@ class _Reader:
             if info.shape != shape:
                 raise CheckpointError(
                     self.checkpoint.path,
-                    f"tensor {name!r} has shape {list(info.shape)}, but config.json makes it "
+                    f"tensor {name!r} has shape {list(info.shape)}, but {self.stated_in} makes it "
                     f"{list(shape)}",
                 )
-            if info.dtype not in FLOATS:
-                raise CheckpointError(
-                    self.checkpoint.path,
-                    f"tensor {name!r} is {info.dtype}, expected bfloat16, float32 or float16",
-                )
+            if (why := _why_not(info)) is not None:
+                raise CheckpointError(self.checkpoint.path, f"tensor {name!r} {why}")
 
     def expected(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Name and shape of every tensor that config.json implies."""
+        """Name and shape of every tensor that the configuration implies."""
         c = self.config
         yield self._name("embedding"), (c.vocab_size, c.hidden_size)
         yield self._name("final_norm"), (c.hidden_size,)
@@ -154,8 +170,12 @@ class _Reader:
     def _expected_experts(self, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         c = self.config
         inner, hidden = c.moe_intermediate_size, c.hidden_size
-        if self.stacked:
-            yield self._name("stacked_gate_up", layer), (c.num_experts, 2 * inner, hidden)
+        if self.gate_up_apart or self.stacked:
+            if self.gate_up_apart:
+                yield self._name("stacked_gate", layer), (c.num_experts, inner, hidden)
+                yield self._name("stacked_up", layer), (c.num_experts, inner, hidden)
+            else:
+                yield self._name("stacked_gate_up", layer), (c.num_experts, 2 * inner, hidden)
             yield self._name("stacked_down", layer), (c.num_experts, hidden, inner)
             return
         for e in range(c.num_experts):
@@ -183,27 +203,28 @@ class _Reader:
             layer.prepare(release)
             layers.append(layer)
         embedding = self._tensor("embedding")
-        head = Projection(embedding if c.tie_word_embeddings else self._tensor("head"))
+        head = Projection(_shared(embedding) if c.tie_word_embeddings else self._tensor("head"))
         head.prepare(release)
         if progress:
             progress(c.num_hidden_layers, c.num_hidden_layers)
         return Decoder(c, embedding, layers, self._norm("final_norm"), head)
 
-    def _tensor(self, role: str, layer: int = 0) -> Tensor:
+    def _tensor(self, role: str, layer: int = 0) -> Tensor | QuantTensor:
         return self.checkpoint.tensor(self._name(role, layer))
 
     def _norm(self, role: str, layer: int = 0) -> RmsNorm:
         return RmsNorm(self._tensor(role, layer), self.config.rms_norm_eps)
 
-    def _projection(self, roles: tuple[str, ...], layer: int, bias: bool = False) -> Projection:
+    def _projection(
+        self, roles: tuple[str, ...], layer: int, bias: bool = False
+    ) -> Projection | SideBySide:
         """Several projections of the same input as one."""
 
-        def joined(part: str) -> Tensor:
+        def tensors(part: str) -> list:
             names = [f"{self._name(role, layer)}.{part}" for role in roles]
-            tensors = [self.checkpoint.tensor(name) for name in names]
-            return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+            return [self.checkpoint.tensor(name) for name in names]
 
-        return Projection(joined("weight"), joined("bias") if bias else None)
+        return joined(tensors("weight"), tensors("bias") if bias else None)
 
     def _layer(self, i: int) -> Layer:
         c = self.config
@@ -234,27 +255,97 @@ class _Reader:
         return Layer(self._norm("attention_norm", i), attention, self._norm("mlp_norm", i), mlp)
 
     def _experts(self, layer: int) -> ExpertWeights:
+        if self.gate_up_apart:
+            roles = ("stacked_gate", "stacked_up", "stacked_down")
+            names = [self._name(role, layer) for role in roles]
+            if self.format is None:
+                self._check_alike(*names[:2])
+            return ExpertWeights(*map(self._stored_stack, names))
         if self.stacked:
             gate_up = self._tensor("stacked_gate_up", layer)
-            gate, up = gate_up.split(self.config.moe_intermediate_size, dim=1)
+            inner = self.config.moe_intermediate_size
+            gate, up = (_rows(gate_up, begin, begin + inner) for begin in (0, inner))
             down = self._tensor("stacked_down", layer)
             return ExpertWeights(*map(self._store, (gate, up, down)))
         roles = ("expert_gate", "expert_up", "expert_down")
-        return ExpertWeights(*(self._store(self._stack(role, layer)) for role in roles))
+        try:
+            return ExpertWeights(*(self._stack(role, layer) for role in roles))
+        except CheckpointError:
+            raise
+        except ValueError as error:  # unlike each other
+            raise CheckpointError(
+                self.checkpoint.path,
+                f"experts of layer {layer}: {error}; format= (ktcore run --format) quantises them "
+                "anew",
+            ) from error
 
-    def _stack(self, role: str, layer: int) -> Tensor:
+    def _check_alike(self, gate: str, up: str) -> None:
+        """Raises CheckpointError if two tensors are of different types."""
+        types = [self.checkpoint.info(name).type.name for name in (gate, up)]
+        if types[0] != types[1]:
+            raise CheckpointError(
+                self.checkpoint.path,
+                f"tensor {gate!r} is {types[0]}, but {up!r} is {types[1]}: gate and up must be "
+                "stored alike; format= (ktcore run --format) quantises them anew",
+            )
+
+    def _stored_stack(self, name: str) -> QuantTensor:
+        """The experts of a GGUF tensor [num_experts, O, I], as stored unless a format is wanted."""
+        file = self.checkpoint
+        assert isinstance(file, GgufFile)
+        if self.format is None or file.info(name).type.format == self.format.name:
+            weight = file.tensor(name)
+            if isinstance(weight, QuantTensor):
+                return weight
+            return QuantTensor(file.info(name).type.format, weight.shape, {"data": weight})
+        shape = file.info(name).shape
+        parts = {
+            part: torch.empty(size, dtype=dtype)
+            for part, (size, dtype) in self.format.part_specs(shape).items()
+        }
+        for begin in range(0, shape[0], EXPERTS_AT_ONCE):
+            rows = slice(begin, begin + EXPERTS_AT_ONCE)
+            weight = file.tensor(name, rows=rows)
+            some = weight.dequantize() if isinstance(weight, QuantTensor) else weight
+            for part, stored in self._store(some).parts.items():
+                parts[part][rows] = stored
+        return QuantTensor(self.format, shape, parts)
+
+    def _stack(self, role: str, layer: int) -> QuantTensor:
         """One projection of all experts, [num_experts, O, I]."""
-        stack = None
-        for e in range(self.config.num_experts):
-            tensor = self.checkpoint.tensor(self._name(role, layer, e))
-            if stack is None:
-                stack = torch.empty((self.config.num_experts, *tensor.shape), dtype=tensor.dtype)
+        names = [self._name(role, layer, e) for e in range(self.config.num_experts)]
+        if any(isinstance(self.checkpoint.info(name), QuantInfo) for name in names):
+            return stack((self._store(self.checkpoint.tensor(name)) for name in names), len(names))
+        dense = None
+        for e, name in enumerate(names):
+            tensor = self.checkpoint.tensor(name)
+            if dense is None:
+                dense = torch.empty((len(names), *tensor.shape), dtype=tensor.dtype)
             with one_torch_thread(True):  # more only wait for each other over a copy
-                stack[e] = tensor
-        return stack
+                dense[e] = tensor
+        return self._store(dense)
 
-    def _store(self, weight: Tensor) -> QuantTensor:
+    def _store(self, weight: Tensor | QuantTensor) -> QuantTensor:
+        if isinstance(weight, QuantTensor):
+            if self.format in (None, weight.format):
+                return weight
+            weight = weight.dequantize(torch.float32)
         format = self.format or get_format("bf16")
         if format.name == "bf16":
             return QuantTensor.quantize(weight.contiguous(), format)
         return ops.quantize(weight, format)
+
+
+def _rows(weight: Tensor | QuantTensor, begin: int, end: int) -> Tensor | QuantTensor:
+    """Some rows of each matrix of a stack [num_experts, O, I]."""
+    if not isinstance(weight, QuantTensor):
+        return weight[:, begin:end]
+    parts = {name: part[:, begin:end].contiguous() for name, part in weight.parts.items()}
+    return QuantTensor(weight.format, (weight.shape[0], end - begin, weight.shape[2]), parts)
+
+
+def _shared(weight: Tensor | QuantTensor) -> Tensor | QuantTensor:
+    """The same stored numbers, for another to use: what one releases, the other keeps."""
+    if isinstance(weight, QuantTensor):
+        return QuantTensor(weight.format, weight.shape, weight.parts)
+    return weight

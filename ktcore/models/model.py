@@ -1,18 +1,18 @@
-"""A loaded model: a decoder and what belongs to its folder."""
+"""A loaded model: a decoder and what belongs to it."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from pathlib import Path
 
 from torch import Tensor
 
 from ktcore.dispatch import Request
 from ktcore.formats import Format
-from ktcore.models.config import DecoderConfig, JsonFile
+from ktcore.models.config import DecoderConfig
 from ktcore.models.decoder import Decoder, KVCache
 from ktcore.models.moe_layer import MoeLayer
+from ktcore.models.source import Source
 from ktcore.models.tokenizer import Tokenizer
 
 
@@ -20,20 +20,20 @@ class Model:
     """A language model, ready to compute logits.
 
     Attributes:
-        path: the folder it came from.
-        model_type: as in config.json.
+        path: the folder or file it came from.
+        name: what to call it.
+        model_type: as in Hugging Face configurations.
         decoder: layers and weights.
         parameters: number of weights.
+        eos_token_ids: the tokens that end a text.
+        chat_template: the Jinja template that turns a conversation into a prompt, None without.
     """
 
-    def __init__(self, path: Path, model_type: str, decoder: Decoder, parameters: int):
-        self.path, self.model_type = path, model_type
+    def __init__(self, source: Source, decoder: Decoder, parameters: int):
+        self.path, self.name, self.model_type = source.path, source.name, source.model_type
         self.decoder, self.parameters = decoder, parameters
-        self.eos_token_ids = self._eos_token_ids()
-
-    @property
-    def name(self) -> str:
-        return self.path.resolve().name
+        self.eos_token_ids, self.chat_template = source.eos_token_ids, source.chat_template
+        self._make_tokenizer = source.tokenizer
 
     @property
     def config(self) -> DecoderConfig:
@@ -41,25 +41,23 @@ class Model:
 
     @property
     def expert_format(self) -> Format | None:
-        """The format of the experts; None for a model that has none."""
+        """The format of the first layer's experts; None for a model that has none."""
         layers = (layer.mlp for layer in self.decoder.layers)
         return next((mlp.experts.format for mlp in layers if isinstance(mlp, MoeLayer)), None)
 
+    @property
+    def expert_formats(self) -> list[str]:
+        """The names of all formats that experts are in, the first layer's first."""
+        layers = [layer.mlp for layer in self.decoder.layers if isinstance(layer.mlp, MoeLayer)]
+        pairs = [(mlp.experts.format.name, mlp.experts.down_format.name) for mlp in layers]
+        return list(dict.fromkeys(name for pair in pairs for name in pair))
+
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """Raises CheckpointError if the folder has no sound tokenizer.json, ImportError if the
-        package tokenizers is missing.
+        """Raises CheckpointError if the model has no sound tokenizer, or none of a kind that is
+        supported, ImportError if the package tokenizers is missing.
         """
-        return Tokenizer(self.path / "tokenizer.json")
-
-    def _eos_token_ids(self) -> frozenset[int]:
-        """The tokens that end a text: generation_config.json's word, else config.json's."""
-        for name in ("generation_config.json", "config.json"):
-            if name == "config.json" or (self.path / name).is_file():
-                ids = JsonFile(self.path / name).integers("eos_token_id")
-                if ids:
-                    return frozenset(ids)
-        return frozenset()
+        return self._make_tokenizer()
 
     def new_cache(self) -> KVCache:
         """An empty KV cache, for one sequence."""
@@ -77,12 +75,11 @@ class Model:
                 if request not in seen:
                     seen.add(request)
                     yield name, request
-        head = self.decoder.head.request(1)  # generation needs the last token's logits only
-        if head is not None:
+        for head in self.decoder.head.requests(1):  # generation needs the last token's logits only
             yield "head", head
 
     def __repr__(self) -> str:
-        stored = self.expert_format.name if self.expert_format else "no"
+        stored = " + ".join(self.expert_formats) or "no"
         return (
             f"Model({self.name}, {self.model_type}, {self.parameters:,} weights, {stored} experts)"
         )

@@ -63,6 +63,11 @@ class MoeLayer:
         moe = Request(
             op="moe",
             format=self.experts.format.name,
+            down_format=(
+                None
+                if self.experts.down_format is self.experts.format
+                else self.experts.down_format.name
+            ),
             hidden_size=self.experts.hidden_size,
             intermediate_size=self.experts.intermediate_size,
             **sizes,

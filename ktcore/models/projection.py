@@ -18,22 +18,29 @@ SMALL = 1 << 16
 class Projection:
     """``x @ weight.T + bias`` on float32 activations.
 
-    A bfloat16 weight stays as it is and goes through `ktcore.ops.linear`, which reads half the
-    bytes that a float32 copy would have. A float32 or float16 weight, and a small one, is computed
-    in float32 by torch.
+    A bfloat16 or quantised weight stays as it is and goes through `ktcore.ops.linear`, which reads
+    half the bytes, or less, that a float32 copy would have. A float32 or float16 weight, and a
+    small one, is computed in float32 by torch.
 
     Attributes:
         exact: keep activations from being rounded (a router's choice of experts hangs on it).
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, exact: bool = False):
+    def __init__(
+        self, weight: Tensor | QuantTensor, bias: Tensor | None = None, *, exact: bool = False
+    ):
         """weight [O, I], bias [O] or None."""
         self.shape = tuple(weight.shape)
         self.exact = exact
         self.bias = None if bias is None else bias.to(torch.float32)
         self.stored: QuantTensor | None = None
         self.dense: Tensor | None = None
-        if weight.dtype == torch.bfloat16 and weight.numel() > SMALL:
+        if isinstance(weight, QuantTensor):
+            if weight.numel() > SMALL:
+                self.stored = weight
+            else:
+                self.dense = weight.dequantize(torch.float32)
+        elif weight.dtype == torch.bfloat16 and weight.numel() > SMALL:
             self.stored = QuantTensor("bf16", self.shape, {"data": weight})
         else:
             self.dense = weight.to(torch.float32)
@@ -56,16 +63,100 @@ class Projection:
         if release and self.stored.packed:
             self.stored.release()
 
-    def request(self, tokens: int) -> Request | None:
-        """The operator call that this makes; None where torch computes it."""
+    def requests(self, tokens: int) -> list[Request]:
+        """The operator calls that this makes; none where torch computes it."""
         if self.stored is None:
-            return None
-        return Request(
-            op="linear",
-            format=self.stored.format.name,
-            tokens=tokens,
-            hidden_size=self.shape[1],
-            intermediate_size=self.shape[0],
-            dtype="float32",
-            exact=self.exact,
+            return []
+        return [
+            Request(
+                op="linear",
+                format=self.stored.format.name,
+                tokens=tokens,
+                hidden_size=self.shape[1],
+                intermediate_size=self.shape[0],
+                dtype="float32",
+                exact=self.exact,
+            )
+        ]
+
+
+class SideBySide:
+    """Projections of the same input as one, their outputs one after the other: for those whose
+    weights, being stored differently, cannot be one matrix.
+    """
+
+    def __init__(self, parts: list[Projection]):
+        self.parts = parts
+
+    @property
+    def torch_weights(self) -> int:
+        return sum(part.torch_weights for part in self.parts)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self.parts], -1)
+
+    def prepare(self, release: bool) -> None:
+        for part in self.parts:
+            part.prepare(release)
+
+    def requests(self, tokens: int) -> list[Request]:
+        return [request for part in self.parts for request in part.requests(tokens)]
+
+
+def joined(
+    weights: list[Tensor | QuantTensor], biases: list[Tensor] | None
+) -> Projection | SideBySide:
+    """Projections of the same input as one; neighbours that are stored alike become one matrix.
+
+    weights: each [O, I], the same I; biases: an [O] for each, or None.
+    """
+    runs: list[list[int]] = []
+    for i, weight in enumerate(weights):
+        if runs and _join(weights[runs[-1][0]], weight):
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    parts = [
+        Projection(
+            _concatenated([weights[i] for i in run]),
+            None if biases is None else torch.cat([biases[i] for i in run]),
         )
+        for run in runs
+    ]
+    return parts[0] if len(parts) == 1 else SideBySide(parts)
+
+
+def _join(a: Tensor | QuantTensor, b: Tensor | QuantTensor) -> bool:
+    """Whether two weights can become one; plain tensors promote each other."""
+    if isinstance(a, QuantTensor) and isinstance(b, QuantTensor):
+        return a.format is b.format and a.format.by_rows
+    return isinstance(a, Tensor) and isinstance(b, Tensor)
+
+
+def _concatenated(weights: list[Tensor] | list[QuantTensor]) -> Tensor | QuantTensor:
+    first = weights[0]
+    if len(weights) == 1:
+        return first
+    if not isinstance(first, QuantTensor):
+        return torch.cat(weights)
+    parts = {name: torch.cat([w.parts[name] for w in weights]) for name in first.parts}
+    rows = sum(w.shape[0] for w in weights)
+    return QuantTensor(first.format, (rows, first.shape[1]), parts)
+
+
+class Embedding:
+    """Rows of a matrix as float32, the stored form kept: a token reads its row only."""
+
+    def __init__(self, weight: Tensor | QuantTensor):
+        """weight [vocab_size, hidden_size]."""
+        if isinstance(weight, QuantTensor) and not weight.format.by_rows:
+            weight = weight.dequantize(torch.float32)
+        self.weight = weight
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """[T] to [T, hidden_size]. Raises IndexError if an id is not in the vocabulary."""
+        if not isinstance(self.weight, QuantTensor):
+            return F.embedding(ids, self.weight).to(torch.float32)
+        parts = {name: part.index_select(0, ids) for name, part in self.weight.parts.items()}
+        shape = (ids.shape[0], self.weight.shape[1])
+        return self.weight.format.dequantize(parts, shape, torch.float32)

@@ -1,13 +1,14 @@
 """Qwen3-MoE (Qwen3-30B-A3B, Qwen3-235B-A22B; arXiv 2505.09388): GQA with RMS-normalised queries
 and keys, softmax routing, no shared expert.
 
-Fields as `Qwen3MoeConfig` in Hugging Face transformers 4 and 5 writes them.
+Fields as `Qwen3MoeConfig` in Hugging Face transformers 4 and 5 writes them, keys as llama.cpp does.
 """
 
 from __future__ import annotations
 
-from ktcore.models.config import DecoderConfig, JsonFile
-from ktcore.models.family import Family
+from ktcore.models.config import DecoderConfig, Fields, JsonFile
+from ktcore.models.family import GGUF_NAMES, Family, GgufArchitecture
+from ktcore.weights import GgufFile
 
 
 def _rope_theta(config: JsonFile) -> float:
@@ -32,12 +33,6 @@ def read_config(config: JsonFile) -> DecoderConfig:
         raise config.error("hidden_act", f"{activation[:80]!r} is not supported, only 'silu'")
     if config.flag("use_sliding_window", False):
         raise config.error("use_sliding_window", "sliding-window attention is not supported")
-    if config.get("quantization_config") is not None:
-        raise config.error(
-            "quantization_config",
-            "checkpoints that are quantised already are not supported; load the bf16 original and "
-            "let format= quantise it",
-        )
     layers = config.integer("num_hidden_layers", most=10_000)
     hidden_size = config.integer("hidden_size")
     heads = config.integer("num_attention_heads")
@@ -79,4 +74,53 @@ def read_config(config: JsonFile) -> DecoderConfig:
     )
 
 
-FAMILY = Family(model_types=("qwen3_moe",), read_config=read_config)
+def read_gguf(keys: Fields, file: GgufFile) -> DecoderConfig:
+    scaling = keys.text("rope.scaling.type", "none")
+    if scaling != "none":
+        raise keys.error("rope.scaling.type", f"{scaling[:80]!r} is not supported, only 'none'")
+    hidden_size = keys.integer("embedding_length")
+    heads = keys.integer("attention.head_count")
+    kv_heads = keys.integer("attention.head_count_kv", heads)
+    if heads % kv_heads:
+        raise keys.error(
+            "attention.head_count_kv",
+            f"expected a divisor of attention.head_count, {heads}, got {kv_heads}",
+        )
+    head_dim = keys.integer("attention.key_length", max(1, hidden_size // heads))
+    if head_dim % 2:
+        raise keys.error("attention.key_length", f"expected an even number, got {head_dim}")
+    for name in ("attention.value_length", "rope.dimension_count"):
+        if keys.integer(name, head_dim) != head_dim:
+            raise keys.error(
+                name, f"expected attention.key_length, {head_dim}, got {keys.integer(name)}"
+            )
+    num_experts = keys.integer("expert_count")
+    moe_size = keys.integer("expert_feed_forward_length")
+    return DecoderConfig(
+        vocab_size=file.info(GGUF_NAMES.embedding).shape[0],
+        hidden_size=hidden_size,
+        intermediate_size=keys.integer("feed_forward_length", moe_size),
+        moe_intermediate_size=moe_size,
+        num_hidden_layers=keys.integer("block_count", most=10_000),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        num_experts=num_experts,
+        top_k=keys.integer("expert_used_count", most=num_experts),
+        # llama.cpp always does it for this architecture.
+        renormalize=keys.flag("expert_weights_norm", True),
+        dense_layers=frozenset(),
+        activation="silu",
+        rms_norm_eps=keys.number("attention.layer_norm_rms_epsilon", 1e-6),
+        rope_theta=keys.number("rope.freq_base", 10000.0),
+        context_length=keys.integer("context_length", 32768),
+        attention_bias=f"{GGUF_NAMES.q}.bias".format(layer=0) in file,
+        tie_word_embeddings=GGUF_NAMES.head not in file,
+    )
+
+
+FAMILY = Family(
+    model_types=("qwen3_moe",),
+    read_config=read_config,
+    gguf=GgufArchitecture("qwen3moe", read_gguf),
+)

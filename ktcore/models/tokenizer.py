@@ -1,9 +1,11 @@
-"""Text to tokens and back, by a tokenizer.json."""
+"""Text to tokens and back."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from ktcore.weights import CheckpointError
 
@@ -11,29 +13,41 @@ INCOMPLETE = "\ufffd"  # what bytes that are no whole character decode to
 CONTEXT = 8  # tokens that a piece of text is decoded after; what precedes can change spaces
 
 
-class Tokenizer:
-    """A Hugging Face tokenizer.json, through the package tokenizers."""
+def tokenizers_package() -> ModuleType:
+    """The package tokenizers. Raises ImportError, saying how to get it, if it is missing."""
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ImportError("text needs the package tokenizers: pip install 'ktcore[cli]'") from error
+    return tokenizers
 
-    def __init__(self, path: Path):
-        """Raises CheckpointError if the file is missing or not sound, ImportError without the
-        package.
+
+class Tokenizer:
+    """Text to token ids and back, by a tokenizer of the package tokenizers."""
+
+    def __init__(self, tokenizer: Any):
+        """tokenizer: a `tokenizers.Tokenizer`."""
+        self._tokenizer = tokenizer
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
+    @classmethod
+    def from_file(cls, path: Path) -> Tokenizer:
+        """That of a Hugging Face tokenizer.json.
+
+        Raises:
+            CheckpointError: the file is missing or not sound.
+            ImportError: the package tokenizers is missing.
         """
-        try:
-            import tokenizers
-        except ImportError as error:
-            raise ImportError(
-                "text needs the package tokenizers: pip install 'ktcore[cli]'"
-            ) from error
+        tokenizers = tokenizers_package()
         if not path.is_file():
             raise CheckpointError(
                 path, "no such file: text needs the model's tokenizer.json; token ids do without"
             )
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            return cls(tokenizers.Tokenizer.from_file(str(path)))
         except Exception as error:  # the package raises plain Exception
             raise CheckpointError(path, f"not a valid tokenizer.json: {error}") from None
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
 
     def encode(self, text: str) -> list[int]:
         """Token ids, with what the tokenizer itself puts around a text."""

@@ -200,6 +200,10 @@ class Checkpoint:
             files.setdefault(self.path / file, []).append(name)
         return files
 
+    def files(self) -> list[Path]:
+        """The files that hold its tensors."""
+        return list(dict.fromkeys(file for file, _ in self._where.values()))
+
     def names(self) -> list[str]:
         return list(self._where)
 
