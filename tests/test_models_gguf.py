@@ -31,8 +31,8 @@ from ktcore.weights import CheckpointError, GgufFile
 KINDS = ("F32", "BF16", "F16", "Q8_0", "Q5_1", "Q4_0")
 # Largest relative difference of perplexity to bf16's, by the type of all matrices: what the types
 # lose, not the kernels. Measured, on every backend alike: 0, 0, 0, -1.0e-3, -2e-4, 5.1e-3.
-# Where the processor has BF16 dot products, experts of bf16 round their activations to it, and those
-# of f32 and f16 do not.
+# Where the processor has BF16 dot products, experts of bf16 round their activations to it, and
+# those of f32 and f16 do not.
 PERPLEXITY = dict(zip(KINDS, (2e-3, 2e-3, 2e-3, 3e-3, 3e-3, 0.015), strict=True))
 EXACT = 1e-4  # of logits, where only the order of float32 sums may differ
 IDS = torch.tensor([1, 5, 300, 2, 77, 1024, 2047, 0, 9, 9])
