@@ -8,6 +8,7 @@ import zlib
 import torch
 from torch import Tensor
 
+from ktcore.dispatch import probe, registry
 from ktcore.formats import get_format
 from ktcore.weights import ExpertWeights, QuantTensor
 
@@ -200,3 +201,10 @@ def shut_experts(format: str, hidden_size: int, intermediate_size: int) -> Exper
     up = torch.rand(2, intermediate_size, hidden_size, generator=rng)
     down = torch.randn(2, hidden_size, intermediate_size, generator=rng) / intermediate_size**0.5
     return ExpertWeights.from_dense(gate, up, down, format)
+
+
+def rounds_to_bf16(backend: str) -> bool:
+    """Whether a backend's `moe` multiplies bf16 weights by activations rounded to bf16."""
+    machine = probe.machine()
+    details = (i.detail(machine) for i in registry.implementations(backend) if i.op == "moe")
+    return any("bf16" in detail for detail in details)
