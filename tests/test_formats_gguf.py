@@ -161,13 +161,14 @@ def test_float64_is_exact(format, rng):
     exact = format.dequantize(parts, shape, torch.float64)
     assert exact.dtype == torch.float64
     codes = format.codes(parts, shape)
+    scales, offsets = codes.factors(torch.float64)
     for index in torch.randint(0, exact.numel(), (200,), generator=rng).tolist():
         row, column = divmod(index, shape[1])
         group = column // codes.group_size
         level = int(codes.levels[codes.codes[row, column].long()])
-        value = Fraction(codes.scales[row, group].item()) * level
-        if codes.offsets is not None:
-            value += Fraction(codes.offsets[row, group].item())
+        value = Fraction(scales[row, group].item()) * level
+        if offsets is not None:
+            value += Fraction(offsets[row, group].item())
         assert Fraction(exact[row, column].item()) == value
     assert torch.equal(exact.to(torch.float32), _theirs(format, parts["data"]))
     single = format.dequantize(parts, shape)
@@ -182,14 +183,18 @@ def test_codes(format, rng):
     codes = format.codes(parts, shape)
     assert codes.codes.dtype == torch.uint8 and codes.codes.shape == shape
     assert codes.levels.dtype == torch.int8 and codes.levels.tolist() == list(format.levels)
-    assert codes.scales.dtype == torch.float32
-    assert codes.scales.shape == (2, 3, shape[-1] // codes.group_size)
     assert codes.group_size == format.group_size and codes.columns is None
+    outer, inner = ((2, 3, shape[-1] // size) for size in (codes.scale_size, codes.group_size))
+    assert codes.scales.dtype == torch.float32 and codes.scales.shape == outer
+    exact = codes.scales.to(format.exact_scale_dtype()).to(torch.float32)
+    assert torch.equal(exact, codes.scales)
+    for factors in (codes.inner_scales, codes.inner_offsets):
+        assert factors is None or (factors.dtype == torch.int8 and factors.shape == inner)
     values = codes.levels.double()[codes.codes.long()]
-    values *= codes.scales.double().repeat_interleave(codes.group_size, -1)
-    if codes.offsets is not None:
-        assert codes.offsets.dtype == torch.float32 and codes.offsets.shape == codes.scales.shape
-        values += codes.offsets.double().repeat_interleave(codes.group_size, -1)
+    scales, offsets = codes.factors(torch.float64)
+    values *= scales.repeat_interleave(codes.group_size, -1)
+    if offsets is not None:
+        values += offsets.repeat_interleave(codes.group_size, -1)
     assert torch.equal(values, format.dequantize(parts, shape, torch.float64))
     theirs = _theirs(format, parts["data"].reshape(6, -1)).reshape(shape)
     assert torch.equal(values.to(torch.float32), theirs)

@@ -298,9 +298,26 @@ def test_fp8_blocks_as_transformers(shape, rng):
 WITH_CODES = [f for f in FORMATS if f.codes(f.example((1, 16), torch.Generator()), (1, 16))]
 
 
+WITHOUT = [f for f in FORMATS if f not in WITH_CODES]
+
+
 def test_which_formats_have_codes():
-    without = {f.name for f in FORMATS} - {f.name for f in WITH_CODES}
-    assert without == {"f16", "f32", "fp8_e4m3", "fp8_e4m3_b128", "fp8_e4m3_b64x32", "mxfp8"}
+    names = {"f16", "f32", "fp8_e4m3", "fp8_e4m3_b128", "fp8_e4m3_b64x32", "mxfp8"}
+    assert {f.name for f in WITHOUT} == names
+
+
+@pytest.mark.parametrize("format", WITHOUT, ids=ids)
+@pytest.mark.parametrize("shape", [(1, 1), (9, 64), (5, 129), (2, 130, 200)], ids=str)
+def test_floats_mean_the_same(format, shape, rng):
+    weight = QuantTensor(format, shape, format.example(shape, rng))
+    floats = format.floats(weight.parts, shape)
+    got = floats.data.to(torch.float64)
+    if floats.scales is not None:
+        assert floats.scales.dtype == torch.float32
+        assert floats.scales.shape == (*shape[:-1], -(-shape[-1] // floats.scale_size))
+        spread = floats.scales.double().repeat_interleave(floats.scale_size, -1)
+        got = got * spread[..., : shape[-1]]
+    assert torch.equal(got, weight.dequantize(torch.float64))
 
 
 @pytest.mark.parametrize("format", WITH_CODES, ids=ids)
@@ -308,18 +325,25 @@ def test_which_formats_have_codes():
 def test_codes_mean_the_same(format, shape, rng):
     weight = QuantTensor(format, shape, format.example(shape, rng))
     codes = format.codes(weight.parts, shape)
-    count = -(-shape[-1] // codes.group_size)
+    outer, inner = (
+        (*shape[:-1], -(-shape[-1] // size)) for size in (codes.scale_size, codes.group_size)
+    )
     assert codes.codes.dtype == torch.uint8 and codes.codes.shape == shape
     assert codes.levels.dtype == torch.int8
-    assert codes.scales.dtype == torch.float32 and codes.scales.shape == (*shape[:-1], count)
+    assert codes.scales.dtype == torch.float32 and codes.scales.shape == outer
+    for factors in (codes.inner_scales, codes.inner_offsets):
+        assert factors is None or (factors.dtype == torch.int8 and factors.shape == inner)
+    if format.exact_scale_dtype() is not None:
+        exact = codes.scales.to(format.exact_scale_dtype()).to(torch.float32)
+        assert torch.equal(exact, codes.scales)
 
     def spread(x):
-        return x.double().repeat_interleave(codes.group_size, -1)[..., : shape[-1]]
+        return x.repeat_interleave(codes.group_size, -1)[..., : shape[-1]]
 
-    got = spread(codes.scales) * codes.levels[codes.codes.long()].double()
-    if codes.offsets is not None:
-        assert codes.offsets.dtype == torch.float32 and codes.offsets.shape == codes.scales.shape
-        got += spread(codes.offsets)
+    scales, offsets = codes.factors(torch.float64)
+    got = spread(scales) * codes.levels[codes.codes.long()].double()
+    if offsets is not None:
+        got += spread(offsets)
     want = weight.dequantize(torch.float64)
     if codes.columns is not None:
         want = want.gather(-1, codes.columns[..., None, :].expand(shape))

@@ -10,7 +10,6 @@ from torch import Tensor
 from ktcore import _native
 from ktcore.backends.native.packing import (
     DTYPES,
-    OWN_LAYOUT,
     is_packable,
     packed_experts,
     packed_matrix,
@@ -24,6 +23,7 @@ from ktcore.weights import ExpertWeights, QuantTensor
 FORMATS = tuple(name for name in format_names() if is_packable(get_format(name)))
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 SCORING = {"softmax": 0, "sigmoid": 1}
+CONVERTED = ("bf16", "int8", "int4_g32")  # what quantize and dequantize know
 MAX_EXPERTS = 4096  # of the route kernel's tables
 
 # Seconds that a call costs beside its work: crossing into the extension, waking the threads.
@@ -255,7 +255,7 @@ def operators(backend: str) -> list[Implementation]:
     return [
         implementation("moe", FORMATS, moe, partial(_moe_cost, backend), takes=packable),
         implementation("linear", FORMATS, linear, partial(_linear_cost, backend), takes=packable),
-        implementation("dequantize", OWN_LAYOUT, dequantize, flat),
-        implementation("quantize", OWN_LAYOUT, quantize, flat),
+        implementation("dequantize", CONVERTED, dequantize, flat),
+        implementation("quantize", CONVERTED, quantize, flat),
         implementation("route", (), route, flat, _route_fits),
     ]

@@ -12,25 +12,33 @@ import torch
 from torch import Tensor
 
 from ktcore import _native
-from ktcore.formats import Codes, Format
+from ktcore.formats import Codes, Floats, Format
 from ktcore.weights import ExpertWeights, QuantTensor
 
 LAYOUT = "native"
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
-# Formats that have a layout of their own; every other is packed from its `Codes`.
-OWN_LAYOUT = ("bf16", "int8", "int4_g32")
+FLOATS = {
+    torch.bfloat16: "bf16",
+    torch.float16: "f16",
+    torch.float32: "f32",
+    torch.float8_e4m3fn: "f8",
+}
+
+GROUP = 32  # columns that a layout counts by, and half of that with two sets of scales
 
 _lock = threading.Lock()
 
 
 def is_packable(format: Format) -> bool:
-    """Whether the kernels have a layout for a format: small integers with scales that fit it."""
-    if format.name in OWN_LAYOUT:
-        return True
-    if type(format).codes is Format.codes or getattr(format, "act_order", False):
+    """Whether the kernels have a layout for a format: for its numbers and for its groups."""
+    if getattr(format, "act_order", False):
         return False
-    return format.group_size is None or format.group_size % 16 == 0
+    if type(format).floats is not Format.floats:
+        return format.group_size is None or format.group_size % GROUP == 0
+    if type(format).codes is not Format.codes:
+        return format.group_size is None or format.group_size % (GROUP // 2) == 0
+    return False
 
 
 @dataclass(frozen=True)
@@ -40,18 +48,20 @@ class _Matrix:
     data: Tensor
     scales: Tensor | None = None
     offsets: Tensor | None = None
+    inner_scales: Tensor | None = None
+    inner_offsets: Tensor | None = None
+    scale_size: int = 0
     group_size: int = 0
 
-    def arguments(self) -> tuple[int, int, int, int]:
-        addresses = (
-            0 if t is None else t.data_ptr() for t in (self.data, self.scales, self.offsets)
-        )
-        return (*addresses, self.group_size)
+    def arguments(self) -> tuple[int, ...]:
+        tensors = (self.data, self.scales, self.offsets, self.inner_scales, self.inner_offsets)
+        addresses = (0 if t is None else t.data_ptr() for t in tensors)
+        return (*addresses, self.scale_size, self.group_size)
 
 
-def _scale_type(codes: Codes, least: torch.dtype | None) -> torch.dtype:
-    """The smallest type, and one that `least` fits, that holds scales and offsets without loss."""
-    tensors = [t for t in (codes.scales, codes.offsets) if t is not None]
+def _smallest_type(least: torch.dtype | None, *values: Tensor | None) -> torch.dtype:
+    """The smallest type, and one that `least` fits, that holds values without loss."""
+    tensors = [t for t in values if t is not None]
     for dtype in (torch.bfloat16, torch.float16):
         if least in (None, dtype) and all(
             torch.equal(t.to(dtype).to(torch.float32).nan_to_num(), t.nan_to_num()) for t in tensors
@@ -60,51 +70,97 @@ def _scale_type(codes: Codes, least: torch.dtype | None) -> torch.dtype:
     return torch.float32
 
 
+def _span(scale_size: int, columns: int) -> int:
+    """How many groups share a scale."""
+    if scale_size >= columns:
+        # All, in a number that kernels like to divide by.
+        return -(-columns // (4 * GROUP)) * 4
+    return scale_size // GROUP if scale_size % GROUP == 0 else 1
+
+
+def _code_layout(levels: list[int]) -> tuple[str, int]:
+    """The layout of codes that stand for such levels, and their bias."""
+    if levels == list(range(levels[0], levels[0] + len(levels))):
+        for bits in (2, 3, 4, 5, 6):
+            if len(levels) <= 1 << bits:
+                return f"codes{bits}", -levels[0]
+    return ("table4" if len(levels) <= 16 else "codes8"), 0
+
+
 class _Packer:
     """Finds the layout that several matrices of a format share, and their data in it."""
 
     def __init__(self, format: Format):
         self.format = format
-        self.scale_type: torch.dtype | None = None
+        self.has_codes = type(format).codes is not Format.codes
+        self.scale_type = format.exact_scale_dtype()
+        self.examines = self.has_codes and self.scale_type is None
 
-    def matrix(self, weight: QuantTensor) -> _Matrix:
-        if self.format.name in OWN_LAYOUT:
-            parts = weight.parts
-            scales = parts.get("scales")
-            return _Matrix(
-                parts["data"].contiguous(), None if scales is None else scales.contiguous()
-            )
-        codes = self._codes(weight)
-        data = codes.codes
-        if len(codes.levels) > 16:
-            data = codes.levels.view(torch.uint8)[data.long()]
-        offsets = None if codes.offsets is None else codes.offsets.contiguous()
-        return _Matrix(data.contiguous(), codes.scales.contiguous(), offsets, codes.group_size)
-
-    def _codes(self, weight: QuantTensor) -> Codes:
+    def read(self, weight: QuantTensor) -> Codes | Floats:
+        """What a matrix stores."""
         weight.require_parts()
+        if not self.has_codes:
+            floats = self.format.floats(weight.parts, weight.shape)
+            assert floats is not None, self.format.name
+            return floats
         codes = self.format.codes(weight.parts, weight.shape)
-        assert codes is not None
-        assert codes.columns is None, self.format.name
+        assert codes is not None and codes.columns is None, self.format.name
         return codes
 
     def widen(self, weight: QuantTensor) -> None:
-        """Make the layout hold this matrix's scales as well."""
-        if self.format.name not in OWN_LAYOUT:
-            self.scale_type = _scale_type(self._codes(weight), self.scale_type)
+        """Make the layout hold this matrix's scales as well, where the format does not say."""
+        if self.examines:
+            codes = self.read(weight)
+            self.scale_type = _smallest_type(self.scale_type, codes.scales, codes.offsets)
 
-    def layout(self, example: QuantTensor) -> object:
-        if self.format.name in OWN_LAYOUT:
-            return _native.ext.WeightLayout(self.format.name)
-        codes = self._codes(example)
-        nibbles = len(codes.levels) <= 16
-        small_groups = codes.group_size % 32 != 0 and codes.group_size < example.shape[-1]
-        name = ("nibbles" if nibbles else "bytes") + ("_g16" if small_groups else "")
+    def matrix(self, stored: Codes | Floats) -> _Matrix:
+        def contiguous(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.contiguous()
+
+        if isinstance(stored, Floats):
+            scales = contiguous(stored.scales)
+            return _Matrix(stored.data.contiguous(), scales, scale_size=stored.scale_size)
+        data = stored.codes
+        if _code_layout(stored.levels.tolist())[0] == "codes8":
+            if stored.levels[0] == -128 and len(stored.levels) == 256:
+                data = data ^ 128
+            else:
+                data = stored.levels.view(torch.uint8)[data.long()]
+        return _Matrix(
+            data.contiguous(),
+            contiguous(stored.scales),
+            contiguous(stored.offsets),
+            contiguous(stored.inner_scales),
+            contiguous(stored.inner_offsets),
+            stored.scale_size,
+            stored.group_size,
+        )
+
+    def layout(self, stored: Codes | Floats, columns: int) -> object:
+        """The layout of matrices like this one, with so many columns."""
+        scale_type = DTYPES[self.scale_type or torch.float32]
+        if isinstance(stored, Floats):
+            name = FLOATS[stored.data.dtype]
+            if stored.scales is None:
+                return _native.ext.WeightLayout(name)
+            return _native.ext.WeightLayout(
+                name, scale_type=scale_type, span=_span(stored.scale_size, columns)
+            )
+        levels = stored.levels.tolist()
+        name, bias = _code_layout(levels)
+        others = (stored.offsets, stored.inner_scales, stored.inner_offsets)
+        if name == "codes8" and stored.scale_size >= columns and all(t is None for t in others):
+            return _native.ext.WeightLayout("int8")
+        small_groups = stored.group_size % GROUP != 0 and stored.group_size < columns
         return _native.ext.WeightLayout(
-            name,
-            scale_type=DTYPES[self.scale_type or torch.float32],
-            offsets=codes.offsets is not None,
-            levels=codes.levels.tolist() if nibbles else [],
+            name + ("_g16" if small_groups else ""),
+            scale_type=scale_type,
+            span=_span(stored.scale_size, columns),
+            inner_scales=stored.inner_scales is not None,
+            offsets=stored.offsets is not None,
+            inner_offsets=stored.inner_offsets is not None,
+            bias=bias,
+            levels=levels if name == "table4" else [],
         )
 
 
@@ -124,18 +180,21 @@ def _pack_experts(experts: ExpertWeights) -> object:
     packers["up"] = packers["gate"]
     indices = range(experts.num_experts)
     for name, packer in packers.items():
-        for e in indices if packer.format.name not in OWN_LAYOUT else ():
+        for e in indices if packer.examines else ():
             packer.widen(getattr(experts, name)[e])
     packed = _native.ext.PackedExperts(
-        packers["gate"].layout(experts.gate[0]),
-        packers["down"].layout(experts.down[0]),
+        *(
+            packers[name].layout(packers[name].read(weight[0]), weight.shape[-1])
+            for name, weight in (("gate", experts.gate), ("down", experts.down))
+        ),
         experts.num_experts,
         experts.hidden_size,
         experts.intermediate_size,
     )
     for name, packer in packers.items():
         for e in indices:
-            matrix = packer.matrix(getattr(experts, name)[e])  # holds what its addresses point to
+            # Holds what its addresses point to.
+            matrix = packer.matrix(packer.read(getattr(experts, name)[e]))
             packed.pack(e, name, *matrix.arguments())
     return packed
 
@@ -149,8 +208,10 @@ def packed_matrix(weight: QuantTensor) -> object:
         if LAYOUT not in weight.packed:
             packer = _Packer(weight.format)
             packer.widen(weight)
-            packed = _native.ext.PackedMatrix(packer.layout(weight), *weight.shape)
-            matrix = packer.matrix(weight)  # holds what its addresses point to
+            stored = packer.read(weight)
+            layout = packer.layout(stored, weight.shape[-1])
+            packed = _native.ext.PackedMatrix(layout, *weight.shape)
+            matrix = packer.matrix(stored)  # holds what its addresses point to
             packed.pack(*matrix.arguments())
             weight.packed[LAYOUT] = packed
     return weight.packed[LAYOUT]

@@ -81,14 +81,21 @@ struct Simd {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   }
   static KT_INLINE I xor_i(I a, I b) { return _mm256_xor_si256(a, b); }
+  static KT_INLINE I and_i(I a, I b) { return _mm256_and_si256(a, b); }
+  static KT_INLINE I or_i(I a, I b) { return _mm256_or_si256(a, b); }
+  static KT_INLINE F load_i8(const uint8_t* p) {
+    const __m128i v = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(v));
+  }
   // Weights widened to pairs of 16 bits: bytes 0 and 2 of each lane, or 1 and 3.
   static KT_INLINE I even_bytes(I a) { return _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8); }
   static KT_INLINE I odd_bytes(I a) { return _mm256_srai_epi16(a, 8); }
-  // Nibble N of each 16 bits.
+  // Each 16 bits shifted right by N, left where N is negative.
   template <int N>
-  static KT_INLINE I nibble(I a) {
-    const I shifted = _mm256_srli_epi16(a, 4 * N);
-    return N == 3 ? shifted : _mm256_and_si256(shifted, _mm256_set1_epi16(15));
+  static KT_INLINE I shift16(I a) {
+    if constexpr (N == 0) return a;
+    if constexpr (N > 0) return _mm256_srli_epi16(a, N);
+    if constexpr (N < 0) return _mm256_slli_epi16(a, -N);
   }
   static KT_INLINE I low_nibbles(I a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
   static KT_INLINE I high_nibbles(I a) { return low_nibbles(_mm256_srli_epi16(a, 4)); }
@@ -189,23 +196,17 @@ struct Simd {
     return _mm256_castsi256_ps(_mm256_and_si256(raw, _mm256_set1_epi32(-65536)));
   }
 
-  // ---- dot products of two bf16 weights with two float activations, per 32-bit lane
+  // Byte N of each lane as e4m3: its exponent and mantissa become a float's, 120 too small, which
+  // the product makes up for; subnormals as well. The codes of NaN come out as 480.
+  template <int N>
+  static KT_INLINE F e4m3(I raw) {
+    I v = raw;
+    if constexpr (N < 3) v = _mm256_slli_epi32(raw, 24 - 8 * N);
+    v = _mm256_and_si256(_mm256_srai_epi32(v, 4), _mm256_set1_epi32(static_cast<int>(0x87f00000)));
+    return _mm256_mul_ps(_mm256_castsi256_ps(v), _mm256_set1_ps(0x1p120f));
+  }
+
   static constexpr bool kBf16Dot = false;
-  struct Wb {
-    F even, odd;
-  };
-  struct Ab {
-    F even, odd;
-  };
-  static KT_INLINE Wb weight_bf16(I raw) { return {low_bf16(raw), high_bf16(raw)}; }
-  static KT_INLINE Ab activation_bf16(const uint8_t* p) {
-    float v[2];
-    std::memcpy(v, p, 8);
-    return {_mm256_set1_ps(v[0]), _mm256_set1_ps(v[1])};
-  }
-  static KT_INLINE F dot_bf16(F acc, Wb w, Ab a) {
-    return _mm256_fmadd_ps(w.odd, a.odd, _mm256_fmadd_ps(w.even, a.even, acc));
-  }
 
   static KT_INLINE void prefetch_l2(const uint8_t* p) {
     _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);

@@ -32,6 +32,7 @@ KT_HALVES2(I512, add_epi32, _mm256_add_epi32)
 KT_HALVES2(I512, sub_epi16, _mm256_sub_epi16)
 KT_HALVES2(I512, max_epi32, _mm256_max_epi32)
 KT_HALVES2(I512, and_si512, _mm256_and_si256)
+KT_HALVES2(I512, or_si512, _mm256_or_si256)
 KT_HALVES2(I512, xor_si512, _mm256_xor_si256)
 KT_HALVES2(I512, madd_epi16, _mm256_madd_epi16)
 KT_HALVES2(I512, maddubs_epi16, _mm256_maddubs_epi16)
@@ -41,6 +42,7 @@ KT_SHIFT(srli_epi16, _mm256_srli_epi16)
 KT_SHIFT(srai_epi16, _mm256_srai_epi16)
 KT_SHIFT(slli_epi32, _mm256_slli_epi32)
 KT_SHIFT(srli_epi32, _mm256_srli_epi32)
+KT_SHIFT(srai_epi32, _mm256_srai_epi32)
 
 static inline F512 setzero_ps() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 static inline I512 setzero_si512() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
@@ -83,6 +85,9 @@ static inline I512 cvtps_epi32(F512 a) {
 static inline I512 cvtepu16_epi32(__m256i a) {
   return {_mm256_cvtepu16_epi32(_mm256_castsi256_si128(a)),
           _mm256_cvtepu16_epi32(_mm256_extracti128_si256(a, 1))};
+}
+static inline I512 cvtepi8_epi32(__m128i a) {
+  return {_mm256_cvtepi8_epi32(a), _mm256_cvtepi8_epi32(_mm_srli_si128(a, 8))};
 }
 static inline F512 cvtph_ps(__m256i a) {
   return {_mm256_cvtph_ps(_mm256_castsi256_si128(a)),
@@ -215,6 +220,7 @@ static inline F512 dpbf16_ps(F512 acc, I512 a, I512 b) {
 #define _mm512_cvtepi32_epi16 ::ktcore::emulated::cvtepi32_epi16
 #define _mm512_cvtepi32_epi8 ::ktcore::emulated::cvtepi32_epi8
 #define _mm512_cvtepi32_ps ::ktcore::emulated::cvtepi32_ps
+#define _mm512_cvtepi8_epi32 ::ktcore::emulated::cvtepi8_epi32
 #define _mm512_cvtepu16_epi32 ::ktcore::emulated::cvtepu16_epi32
 #define _mm512_cvtph_ps ::ktcore::emulated::cvtph_ps
 #define _mm512_cvtps_epi32 ::ktcore::emulated::cvtps_epi32
@@ -233,6 +239,7 @@ static inline F512 dpbf16_ps(F512 acc, I512 a, I512 b) {
 #define _mm512_max_ps ::ktcore::emulated::max_ps
 #define _mm512_min_ps ::ktcore::emulated::min_ps
 #define _mm512_mul_ps ::ktcore::emulated::mul_ps
+#define _mm512_or_si512 ::ktcore::emulated::or_si512
 #define _mm512_reduce_add_epi32 ::ktcore::emulated::reduce_add_epi32
 #define _mm512_reduce_add_epi64 ::ktcore::emulated::reduce_add_epi64
 #define _mm512_reduce_add_ps ::ktcore::emulated::reduce_add_ps
@@ -249,6 +256,7 @@ static inline F512 dpbf16_ps(F512 acc, I512 a, I512 b) {
 #define _mm512_slli_epi16 ::ktcore::emulated::slli_epi16
 #define _mm512_slli_epi32 ::ktcore::emulated::slli_epi32
 #define _mm512_srai_epi16 ::ktcore::emulated::srai_epi16
+#define _mm512_srai_epi32 ::ktcore::emulated::srai_epi32
 #define _mm512_srli_epi16 ::ktcore::emulated::srli_epi16
 #define _mm512_srli_epi32 ::ktcore::emulated::srli_epi32
 #define _mm512_storeu_ps ::ktcore::emulated::storeu_ps

@@ -73,14 +73,21 @@ struct Simd {
   static KT_INLINE I set1_i32(int32_t v) { return _mm512_set1_epi32(v); }
   static KT_INLINE I load_i(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static KT_INLINE I xor_i(I a, I b) { return _mm512_xor_si512(a, b); }
+  static KT_INLINE I and_i(I a, I b) { return _mm512_and_si512(a, b); }
+  static KT_INLINE I or_i(I a, I b) { return _mm512_or_si512(a, b); }
+  static KT_INLINE F load_i8(const uint8_t* p) {
+    const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(v));
+  }
   // Weights widened to pairs of 16 bits: bytes 0 and 2 of each lane, or 1 and 3.
   static KT_INLINE I even_bytes(I a) { return _mm512_srai_epi16(_mm512_slli_epi16(a, 8), 8); }
   static KT_INLINE I odd_bytes(I a) { return _mm512_srai_epi16(a, 8); }
-  // Nibble N of each 16 bits.
+  // Each 16 bits shifted right by N, left where N is negative.
   template <int N>
-  static KT_INLINE I nibble(I a) {
-    const I shifted = _mm512_srli_epi16(a, 4 * N);
-    return N == 3 ? shifted : _mm512_and_si512(shifted, _mm512_set1_epi16(15));
+  static KT_INLINE I shift16(I a) {
+    if constexpr (N == 0) return a;
+    if constexpr (N > 0) return _mm512_srli_epi16(a, N);
+    if constexpr (N < 0) return _mm512_slli_epi16(a, -N);
   }
   static KT_INLINE I low_nibbles(I a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
   static KT_INLINE I high_nibbles(I a) { return low_nibbles(_mm512_srli_epi16(a, 4)); }
@@ -152,34 +159,24 @@ struct Simd {
     return _mm512_castsi512_ps(_mm512_and_si512(raw, _mm512_set1_epi32(-65536)));
   }
 
-  // ---- dot products of two bf16 weights with two activations, per 32-bit lane
+  // Byte N of each lane as e4m3: its exponent and mantissa become a float's, 120 too small, which
+  // the product makes up for; subnormals as well. The codes of NaN come out as 480.
+  template <int N>
+  static KT_INLINE F e4m3(I raw) {
+    I v = raw;
+    if constexpr (N < 3) v = _mm512_slli_epi32(raw, 24 - 8 * N);
+    v = _mm512_and_si512(_mm512_srai_epi32(v, 4), _mm512_set1_epi32(static_cast<int>(0x87f00000)));
+    return _mm512_mul_ps(_mm512_castsi512_ps(v), _mm512_set1_ps(0x1p120f));
+  }
+
 #if defined(KTCORE_BF16)
-  // The activations are rounded to bf16 too, four bytes a pair.
+  // Dot products of two bf16 weights with two bf16 activations, per 32-bit lane.
   static constexpr bool kBf16Dot = true;
-  using Wb = I;
-  using Ab = I;
-  static KT_INLINE Wb weight_bf16(I raw) { return raw; }
-  static KT_INLINE Ab activation_bf16(const uint8_t* p) { return broadcast4(p); }
-  static KT_INLINE F dot_bf16(F acc, Wb w, Ab a) {
+  static KT_INLINE F dot_bf16(F acc, I w, I a) {
     return _mm512_dpbf16_ps(acc, std::bit_cast<__m512bh>(w), std::bit_cast<__m512bh>(a));
   }
 #else
   static constexpr bool kBf16Dot = false;
-  struct Wb {
-    F even, odd;
-  };
-  struct Ab {
-    F even, odd;
-  };
-  static KT_INLINE Wb weight_bf16(I raw) { return {low_bf16(raw), high_bf16(raw)}; }
-  static KT_INLINE Ab activation_bf16(const uint8_t* p) {
-    float v[2];
-    std::memcpy(v, p, 8);
-    return {_mm512_set1_ps(v[0]), _mm512_set1_ps(v[1])};
-  }
-  static KT_INLINE F dot_bf16(F acc, Wb w, Ab a) {
-    return _mm512_fmadd_ps(w.odd, a.odd, _mm512_fmadd_ps(w.even, a.even, acc));
-  }
 #endif
 
   static KT_INLINE void prefetch_l2(const uint8_t* p) {

@@ -20,22 +20,26 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-WeightFormat format_of(const std::string& name) {
-  static constexpr const char* kNames[kWeightFormats] = {
-      "bf16", "int8", "int4_g32", "nibbles", "nibbles_g16", "bytes", "bytes_g16"};
-  for (int i = 0; i < kWeightFormats; ++i) {
-    if (name == kNames[i]) return static_cast<WeightFormat>(i);
+template <size_t N>
+int index_of(const char* what, const char* const (&names)[N], const std::string& name) {
+  for (size_t i = 0; i < N; ++i) {
+    if (name == names[i]) return static_cast<int>(i);
   }
-  throw std::invalid_argument("format: no native kernels for '" + name + "'");
+  throw std::invalid_argument(std::string(what) + ": there is no '" + name + "' here");
 }
 
-// quantize and dequantize know stored formats, not layouts.
-WeightFormat stored_format_of(const std::string& name) {
-  const WeightFormat format = format_of(name);
-  if (format >= WeightFormat::nibbles) {
-    throw std::invalid_argument("format: '" + name + "' is a layout, not a stored format");
-  }
-  return format;
+WeightFormat layout_of(const std::string& name) {
+  static constexpr const char* kNames[kWeightFormats] = {
+      "bf16",       "f16",        "f32",        "f8",         "int8",
+      "codes2",     "codes2_g16", "codes3",     "codes3_g16", "codes4",
+      "codes4_g16", "codes5",     "codes5_g16", "codes6",     "codes6_g16",
+      "codes8",     "codes8_g16", "table4",     "table4_g16"};
+  return static_cast<WeightFormat>(index_of("format", kNames, name));
+}
+
+StoredFormat stored_format_of(const std::string& name) {
+  static constexpr const char* kNames[] = {"bf16", "int8", "int4_g32"};
+  return static_cast<StoredFormat>(index_of("format", kNames, name));
 }
 
 DType dtype_of(int code) {
@@ -68,18 +72,31 @@ const KernelTable& best_kernels() {
   return *best;
 }
 
+void need(const char* name, bool wanted, uintptr_t address) {
+  if (wanted && address == 0) {
+    throw std::invalid_argument(std::string(name) + ": this layout needs them");
+  }
+}
+
 StoredMatrix stored_matrix(const WeightLayout& layout, uintptr_t data, uintptr_t scales,
-                           uintptr_t offsets, int64_t group_size) {
-  if (layout.coded()) {
-    need_positive("group_size", group_size);
-    if (scales == 0 || (layout.offsets && offsets == 0)) {
-      throw std::invalid_argument("scales, offsets: this layout needs them");
-    }
+                           uintptr_t offsets, uintptr_t inner_scales, uintptr_t inner_offsets,
+                           int64_t scale_size, int64_t group_size) {
+  need("data", true, data);
+  need("scales", layout.scaled() || layout.format == WeightFormat::int8, scales);
+  if (layout.scaled()) {
+    need("offsets", layout.offsets, offsets);
+    need("inner_scales", layout.inner_scales, inner_scales);
+    need("inner_offsets", layout.inner_offsets, inner_offsets);
+    need_positive("scale_size", scale_size);
+    if (layout.inner_scales || layout.inner_offsets) need_positive("group_size", group_size);
   }
   StoredMatrix out{};
   out.data = pointer<const void>(data);
-  out.scales = pointer<const void>(scales);
+  out.scales = pointer<const float>(scales);
   out.offsets = pointer<const float>(offsets);
+  out.inner_scales = pointer<const int8_t>(inner_scales);
+  out.inner_offsets = pointer<const int8_t>(inner_offsets);
+  out.scale_size = scale_size;
   out.group_size = group_size;
   return out;
 }
@@ -150,19 +167,26 @@ PYBIND11_MODULE(_C, m) {
       "Gop/s that dot products reach in registers; a multiply-add counts as two.");
 
   py::class_<WeightLayout>(m, "WeightLayout")
-      .def(py::init([](const std::string& format, int scale_type, bool offsets,
-                       const std::vector<int>& levels) {
-             WeightLayout layout;
-             layout.format = format_of(format);
-             layout.scale_type = dtype_of(scale_type);
-             layout.offsets = offsets;
+      .def(py::init([](const std::string& format, int scale_type, int64_t span, bool inner_scales,
+                       bool offsets, bool inner_offsets, int bias, const std::vector<int>& levels) {
+             need_positive("span", span);
              if (levels.size() > 16) throw std::invalid_argument("levels: at most 16");
+             WeightLayout layout;
+             layout.format = layout_of(format);
+             layout.scale_type = dtype_of(scale_type);
+             layout.span = span;
+             layout.inner_scales = inner_scales;
+             layout.offsets = offsets;
+             layout.inner_offsets = inner_offsets;
+             layout.bias = bias;
              for (size_t i = 0; i < levels.size(); ++i) {
                layout.levels[i] = static_cast<int8_t>(levels[i]);
              }
              return layout;
            }),
-           py::arg("format"), py::arg("scale_type") = 0, py::arg("offsets") = false,
+           py::arg("format"), py::kw_only(), py::arg("scale_type") = 0, py::arg("span") = 1,
+           py::arg("inner_scales") = false, py::arg("offsets") = false,
+           py::arg("inner_offsets") = false, py::arg("bias") = 0,
            py::arg("levels") = std::vector<int>{});
 
   py::class_<PackedMatrix>(m, "PackedMatrix")
@@ -174,13 +198,17 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "pack",
           [](PackedMatrix& self, uintptr_t data, uintptr_t scales, uintptr_t offsets,
+             uintptr_t inner_scales, uintptr_t inner_offsets, int64_t scale_size,
              int64_t group_size) {
             const StoredMatrix stored =
-                stored_matrix(self.layout, data, scales, offsets, group_size);
+                stored_matrix(self.layout, data, scales, offsets, inner_scales, inner_offsets,
+                              scale_size, group_size);
             py::gil_scoped_release release;
             self.pack(stored);
           },
-          py::arg("data"), py::arg("scales"), py::arg("offsets") = 0, py::arg("group_size") = 0)
+          py::arg("data"), py::arg("scales") = 0, py::arg("offsets") = 0,
+          py::arg("inner_scales") = 0, py::arg("inner_offsets") = 0, py::arg("scale_size") = 0,
+          py::arg("group_size") = 0)
       .def_readonly("rows", &PackedMatrix::rows)
       .def_readonly("cols", &PackedMatrix::cols)
       .def_property_readonly("nbytes", [](const PackedMatrix& self) { return self.buffer.size(); });
@@ -196,7 +224,8 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "pack",
           [](PackedExperts& self, int64_t expert, const std::string& projection, uintptr_t data,
-             uintptr_t scales, uintptr_t offsets, int64_t group_size) {
+             uintptr_t scales, uintptr_t offsets, uintptr_t inner_scales, uintptr_t inner_offsets,
+             int64_t scale_size, int64_t group_size) {
             if (expert < 0 || expert >= self.num_experts) throw std::out_of_range("expert");
             PackedExperts::Projection p;
             if (projection == "gate")
@@ -210,12 +239,14 @@ PYBIND11_MODULE(_C, m) {
                                           projection + "'");
             const WeightLayout& layout =
                 p == PackedExperts::Projection::down ? self.down_layout : self.gate_up_layout;
-            const StoredMatrix stored = stored_matrix(layout, data, scales, offsets, group_size);
+            const StoredMatrix stored = stored_matrix(layout, data, scales, offsets, inner_scales,
+                                                      inner_offsets, scale_size, group_size);
             py::gil_scoped_release release;
             self.pack(expert, p, stored);
           },
-          py::arg("expert"), py::arg("projection"), py::arg("data"), py::arg("scales"),
-          py::arg("offsets") = 0, py::arg("group_size") = 0)
+          py::arg("expert"), py::arg("projection"), py::arg("data"), py::arg("scales") = 0,
+          py::arg("offsets") = 0, py::arg("inner_scales") = 0, py::arg("inner_offsets") = 0,
+          py::arg("scale_size") = 0, py::arg("group_size") = 0)
       .def_readonly("num_experts", &PackedExperts::num_experts)
       .def_readonly("hidden_size", &PackedExperts::hidden_size)
       .def_readonly("intermediate_size", &PackedExperts::intermediate_size)

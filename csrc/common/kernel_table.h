@@ -72,7 +72,7 @@ struct RouteJob {
 };
 
 struct DequantizeJob {
-  WeightFormat format;
+  StoredFormat format;
   int64_t rows, cols;
   const void* data;
   const void* scales;
@@ -81,7 +81,7 @@ struct DequantizeJob {
 };
 
 struct QuantizeJob {
-  WeightFormat format;
+  StoredFormat format;
   ConstRows x;
   int64_t rows, cols;
   void* data;
@@ -89,12 +89,13 @@ struct QuantizeJob {
 };
 
 // What activations are rounded to; an index into FormatKernels::gate_up.
-enum class Encoding : int { int16 = 0, bf16 = 1 };
+enum class Encoding : int { int16 = 0, f32 = 1, bf16 = 2 };
 
 // How one weight format is computed on one instruction set.
 struct FormatKernels {
-  // The two halves of `moe`; gate and up leave their result in down's encoding.
-  void (*gate_up[2])(const MoeJob&, ThreadPool&);
+  // The two halves of `moe`; gate and up leave their result in down's encoding. Null for one that
+  // the instruction set does not use.
+  void (*gate_up[3])(const MoeJob&, ThreadPool&);
   void (*down)(const MoeJob&, ThreadPool&);
   void (*linear)(const LinearJob&, ThreadPool&);
   Encoding encoding;

@@ -17,9 +17,7 @@ void pack_bf16(const StoredMatrix& m, int64_t row0, int64_t rows, uint8_t* out) 
 }
 
 void pack_int8(const StoredMatrix& m, int64_t row0, int64_t rows, uint8_t* out) {
-  const int64_t padded = round_up(m.cols, kGroup);
-  std::memset(out, 0, static_cast<size_t>(padded * kBlockRows));
-  auto* scales = reinterpret_cast<float*>(out + padded * kBlockRows);
+  auto* scales = reinterpret_cast<float*>(out + round_up(m.cols, kGroup) * kBlockRows);
   for (int64_t r = 0; r < rows; ++r) {
     const auto* src = static_cast<const uint8_t*>(m.data) + (row0 + r) * m.cols;
     int64_t k = 0;
@@ -29,33 +27,7 @@ void pack_int8(const StoredMatrix& m, int64_t row0, int64_t rows, uint8_t* out) 
       std::memcpy(out + k * kBlockRows + r * 4, &four, 4);
     }
     for (; k < m.cols; ++k) out[k / 4 * kUnitBytes + r * 4 + k % 4] = src[k];
-    scales[r] = static_cast<const float*>(m.scales)[row0 + r];
-  }
-}
-
-// Nibbles n0 n1 n2 n3 of the low half, each into a byte of its own.
-uint32_t spread_nibbles(uint32_t v) {
-  v = (v | (v << 8)) & 0x00ff00ffu;
-  return (v | (v << 4)) & 0x0f0f0f0fu;
-}
-
-void pack_int4(const StoredMatrix& m, int64_t row0, int64_t rows, uint8_t* out) {
-  const int64_t groups = ceil_div(m.cols, kGroup);
-  const int64_t group_bytes = m.layout.group_bytes();
-  constexpr int64_t kUnits = kGroup / 8;
-  for (int64_t r = 0; r < rows; ++r) {
-    const auto* src = static_cast<const uint8_t*>(m.data) + (row0 + r) * groups * (kGroup / 2);
-    const auto* scales = static_cast<const uint8_t*>(m.scales) + (row0 + r) * groups * 2;
-    for (int64_t g = 0; g < groups; ++g) {
-      uint8_t* to = out + g * group_bytes;
-      for (int64_t unit = 0; unit < kUnits; ++unit) {
-        uint32_t eight;
-        std::memcpy(&eight, src + (g * kUnits + unit) * 4, 4);
-        eight = spread_nibbles(eight & 0xffffu) | spread_nibbles(eight >> 16) << 4;
-        std::memcpy(to + unit * kUnitBytes + r * 4, &eight, 4);
-      }
-      std::memcpy(to + kUnits * kUnitBytes + r * 2, scales + g * 2, 2);
-    }
+    scales[r] = m.scales[row0 + r];
   }
 }
 
@@ -83,61 +55,131 @@ void store_scale(float v, DType type, uint8_t* out) {
   std::memcpy(out, &half, 2);
 }
 
-// For nibbles: a code whose level is 0, to fill up columns with. Where there is none, the padding's
-// weight does not matter, for its activations are 0; but scales must be finite, and are.
-uint8_t zero_code(const WeightLayout& layout) {
-  for (uint8_t i = 0; i < 16; ++i) {
-    if (layout.levels[i] == 0) return i;
-  }
-  return 0;
+// What `values` [row][ceil(cols / size)] has for a column; the last one beyond the end.
+template <class T>
+T value_at(const T* values, const StoredMatrix& m, int64_t row, int64_t column, int64_t size) {
+  column = column < m.cols ? column : m.cols - 1;
+  return values[row * ceil_div(m.cols, size) + column / size];
 }
 
-void pack_codes(const StoredMatrix& m, int64_t row0, int64_t rows, uint8_t* out) {
+// All scales and offsets of a block.
+void pack_scales(const StoredMatrix& m, int64_t row0, int64_t rows, uint8_t* out) {
   const WeightLayout& layout = m.layout;
-  const bool nibbles = layout.has_nibbles();
-  const int64_t groups = ceil_div(m.cols, kGroup), sets = layout.sets(), set = kGroup / sets;
-  const int64_t stored_groups = ceil_div(m.cols, m.group_size);
-  const int64_t unit_columns = nibbles ? 8 : 4, units = kGroup / unit_columns;
-  const uint8_t padding = nibbles ? zero_code(layout) : 0;
-  for (int64_t r = 0; r < rows; ++r) {
-    const auto* src = static_cast<const uint8_t*>(m.data) + (row0 + r) * m.cols;
-    const auto* scales = static_cast<const float*>(m.scales) + (row0 + r) * stored_groups;
-    const float* offsets = layout.offsets ? m.offsets + (row0 + r) * stored_groups : nullptr;
-    for (int64_t g = 0; g < groups; ++g) {
-      uint8_t* to = out + g * layout.group_bytes();
-      for (int64_t unit = 0; unit < units; ++unit, to += kUnitBytes) {
-        const int64_t k = g * kGroup + unit * unit_columns;
-        uint8_t codes[8];
-        for (int64_t i = 0; i < unit_columns; ++i) codes[i] = k + i < m.cols ? src[k + i] : padding;
-        if (nibbles) {
-          for (int64_t i = 0; i < 4; ++i) {
-            codes[i] = static_cast<uint8_t>((codes[i] & 15) | codes[i + 4] << 4);
-          }
-        }
-        std::memcpy(to + r * 4, codes, 4);
+  const int64_t groups = ceil_div(m.cols, kGroup), size = dtype_size(layout.scale_type);
+  const int64_t outer_sets = layout.outer_sets();
+  const int64_t first = layout.span == 1 ? layout.value_bytes() + layout.inner_bytes()
+                                         : groups * layout.group_bytes();
+  const int64_t step = layout.span == 1 ? layout.group_bytes() : layout.outer_bytes();
+  for (int64_t piece = 0; piece < ceil_div(groups, layout.span); ++piece) {
+    uint8_t* to = out + first + piece * step;
+    for (int64_t set = 0; set < outer_sets; ++set, to += layout.set_bytes()) {
+      const int64_t column = piece * layout.span * kGroup + set * (kGroup / outer_sets);
+      for (int64_t r = 0; r < rows; ++r) {
+        const auto store = [&](const float* values, uint8_t* set_at) {
+          const float v = value_at(values, m, row0 + r, column, m.scale_size);
+          store_scale(v, layout.scale_type, set_at + r * size);
+        };
+        store(m.scales, to);
+        if (layout.offsets) store(m.offsets, to + outer_sets * layout.set_bytes());
       }
-      for (int64_t i = 0; i < sets; ++i) {
-        const int64_t k = g * kGroup + i * set;
-        const int64_t from = (k < m.cols ? k : m.cols - 1) / m.group_size;
-        const int64_t size = dtype_size(layout.scale_type);
-        store_scale(scales[from], layout.scale_type, to + i * layout.set_bytes() + r * size);
-        if (offsets != nullptr) {
-          store_scale(offsets[from], layout.scale_type,
-                      to + (sets + i) * layout.set_bytes() + r * size);
+    }
+  }
+  for (int64_t g = 0; g < groups; ++g) {
+    uint8_t* to = out + g * layout.group_bytes() + layout.value_bytes();
+    for (const int8_t* values : {layout.inner_scales ? m.inner_scales : nullptr,
+                                 layout.inner_offsets ? m.inner_offsets : nullptr}) {
+      if (values == nullptr) continue;
+      for (int64_t set = 0; set < layout.sets(); ++set, to += kBlockRows) {
+        const int64_t column = g * kGroup + set * (kGroup / layout.sets());
+        for (int64_t r = 0; r < rows; ++r) {
+          to[r] = static_cast<uint8_t>(value_at(values, m, row0 + r, column, m.group_size));
         }
       }
     }
   }
 }
 
+// Bits [shift, shift + count) of 32 codes, into `count` units' lanes at `to`: the codes of columns
+// 4 i + j go to byte j of the lanes, 8 / count of them, from the lowest bits on.
+void pack_bits(const uint8_t* codes, int shift, int count, uint8_t* to) {
+  const uint32_t mask = 0x01010101u * ((1u << count) - 1);
+  const int per_byte = 8 / count;
+  for (int unit = 0; unit < count; ++unit, to += kUnitBytes) {
+    uint32_t lane = 0;
+    for (int i = 0; i < per_byte; ++i, codes += 4) {
+      uint32_t quad;
+      std::memcpy(&quad, codes, 4);
+      lane |= ((quad >> shift) & mask) << (i * count);
+    }
+    std::memcpy(to, &lane, 4);
+  }
+}
+
+void pack_codes(const StoredMatrix& m, int64_t row0, int64_t rows, uint8_t* out) {
+  const int bits = static_cast<int>(m.layout.code_bits());
+  const int low = bits == 8 ? 8 : bits >= 4 ? 4 : 2;
+  for (int64_t r = 0; r < rows; ++r) {
+    const auto* src = static_cast<const uint8_t*>(m.data) + (row0 + r) * m.cols;
+    uint8_t* to = out + r * 4;
+    for (int64_t k = 0; k < m.cols; k += kGroup, to += m.layout.group_bytes()) {
+      // What pads the columns does not matter: their activations are 0.
+      uint8_t codes[kGroup] = {};
+      const int64_t left = m.cols - k;
+      std::memcpy(codes, src + k, static_cast<size_t>(left < kGroup ? left : kGroup));
+      pack_bits(codes, 0, low, to);
+      if (bits > low) pack_bits(codes, low, bits - low, to + low * kUnitBytes);
+    }
+  }
+  pack_scales(m, row0, rows, out);
+}
+
+void pack_f8(const StoredMatrix& m, int64_t row0, int64_t rows, uint8_t* out) {
+  const int64_t groups = ceil_div(m.cols, kGroup);
+  pack_scales(m, row0, rows, out);
+  const int64_t size = dtype_size(m.layout.scale_type);
+  for (int64_t r = 0; r < rows; ++r) {
+    const auto* src = static_cast<const uint8_t*>(m.data) + (row0 + r) * m.cols;
+    for (int64_t g = 0; g < groups; ++g) {
+      uint8_t codes[kGroup] = {};
+      const int64_t left = m.cols - g * kGroup;
+      std::memcpy(codes, src + g * kGroup, static_cast<size_t>(left < kGroup ? left : kGroup));
+      uint8_t* group = out + g * m.layout.group_bytes();
+      bool nan = false;
+      for (int64_t i = 0; i < kGroup; ++i) nan |= (codes[i] & 0x7f) == 0x7f;
+      for (int64_t unit = 0; unit < kGroup / 4; ++unit) {
+        std::memcpy(group + unit * kUnitBytes + r * 4, codes + unit * 4, 4);
+      }
+      if (!nan) continue;
+      // The kernels know no NaN codes: a NaN scale has the same effect on the sum.
+      uint8_t* scales = m.layout.span == 1 ? group + m.layout.value_bytes()
+                                           : out + groups * m.layout.group_bytes() +
+                                                 g / m.layout.span * m.layout.outer_bytes();
+      store_scale(std::nanf(""), m.layout.scale_type, scales + r * size);
+    }
+  }
+}
+
+template <class T>
+void pack_columns(const StoredMatrix& m, int64_t row0, int64_t rows, uint8_t* out) {
+  auto* to = reinterpret_cast<T*>(out);
+  for (int64_t r = 0; r < rows; ++r) {
+    const auto* src = static_cast<const T*>(m.data) + (row0 + r) * m.cols;
+    for (int64_t k = 0; k < m.cols; ++k) to[k * kBlockRows + r] = src[k];
+  }
+}
+
 // Packs rows [row0, row0 + 32) into the block at `out`; rows past the end become zeros.
 void pack_block(const StoredMatrix& m, int64_t row0, uint8_t* out) {
   const int64_t rows = m.rows - row0 < kBlockRows ? m.rows - row0 : kBlockRows;
-  if (rows < kBlockRows) std::memset(out, 0, static_cast<size_t>(m.layout.block_bytes(m.cols)));
+  if (rows < kBlockRows || m.cols % kGroup != 0) {
+    std::memset(out, 0, static_cast<size_t>(m.layout.block_bytes(m.cols)));
+  }
   switch (m.layout.format) {
     case WeightFormat::bf16: return pack_bf16(m, row0, rows, out);
+    case WeightFormat::f16: return pack_columns<uint16_t>(m, row0, rows, out);
+    case WeightFormat::f32: return pack_columns<uint32_t>(m, row0, rows, out);
+    case WeightFormat::f8: return pack_f8(m, row0, rows, out);
     case WeightFormat::int8: return pack_int8(m, row0, rows, out);
-    case WeightFormat::int4_g32: return pack_int4(m, row0, rows, out);
     default: return pack_codes(m, row0, rows, out);
   }
 }

@@ -2,18 +2,27 @@
 //
 // A matrix [rows, cols] is cut into blocks of 32 rows; a block is one contiguous run of memory that
 // a matrix-vector product reads once, front to back. In a block, each 128-byte unit holds the same
-// few columns of all 32 rows, one 32-bit lane a row, which is what the dot-product instructions
-// take (pairs of 16 bits a lane, once bytes and nibbles are widened), so no lane is ever shuffled:
+// few columns of all 32 rows, mostly one 32-bit lane a row, which is what the dot-product
+// instructions take (pairs of 16 bits a lane, once smaller codes are widened), so no lane is ever
+// shuffled:
 //
 //   bf16      unit = 2 columns
+//   f16, f32  columns of 32 numbers
+//   f8        unit = 4 columns of e4m3; scales as for codes
 //   int8      unit = 4 columns; at the end 32 float scales
-//   int4_g32  unit = 8 columns: the low nibbles are columns 0-3, the high nibbles columns 4-7, both
-//             unsigned (value + 8); after each group of 32 columns its 32 bf16 scales
-//   nibbles   as int4_g32, but the nibbles number 16 levels, which the layout lists; after each group
-//             its 32 scales, and 32 offsets where the layout has them, in the layout's type:
-//             weight = scale * level + offset
-//   bytes     as nibbles, with the levels themselves in units of 4 columns
-//   nibbles_g16, bytes_g16: two sets of scales, and of offsets, after each group, for 16 columns each
+//   codesN    integers less a bias, N bits each: weight = scale * (code - bias) + offset. The codes of
+//             a group of 32 columns are N units. In a lane of 2 or 4 bits a column, byte j has columns
+//             4 i + j, those of i = 0 in the lowest bits. Codes of 3, 5 and 6 bits are units of their
+//             lower 2, 4 and 4 bits, then units of the others in the same order. Codes of 8 bits are
+//             signed and have no bias.
+//   table4    as codes4, but the codes number 16 levels, which the layout lists
+//   ..._g16   the same, with scales for 16 columns each
+//
+// A scale is up to two factors. The outer ones are floats for `span` groups: after each group where
+// span is 1, else after the last group; offsets follow the scales. The inner ones are signed bytes,
+// after each group's codes: one for each row and set, which the outer scale multiplies; then those
+// that the outer offset multiplies or, where there are only inner offsets, the outer scale (zero
+// points).
 //
 // All stored weight formats that are small integers (see Codes in ktcore/formats/base.py) become one
 // of these.
@@ -31,51 +40,98 @@ namespace ktcore {
 static constexpr int64_t kBlockRows = 32;
 static constexpr int64_t kUnitBytes = kBlockRows * 4;
 
-// What a matrix's blocks look like.
+// What a matrix's blocks look like. Its functions are always inlined: see platform.h.
 struct WeightLayout {
   WeightFormat format = WeightFormat::bf16;
-  // For nibbles and bytes alone:
-  DType scale_type = DType::f32;
-  bool offsets = false;
+  // For f8, codes and tables alone:
+  DType scale_type = DType::f32;  // of the outer scales and offsets
+  int64_t span = 1;               // groups that share an outer scale
+  bool inner_scales = false;
+  bool offsets = false;  // outer ones
+  bool inner_offsets = false;
+  int32_t bias = 0;
   int8_t levels[16] = {};
 
-  bool coded() const { return format >= WeightFormat::nibbles; }
-  bool has_nibbles() const {
-    return format == WeightFormat::nibbles || format == WeightFormat::nibbles_g16;
-  }
-  // Sets of scales a group.
-  int64_t sets() const {
-    return format == WeightFormat::nibbles_g16 || format == WeightFormat::bytes_g16 ? 2 : 1;
-  }
-  // Bytes of one set of scales, or of offsets.
-  int64_t set_bytes() const { return kBlockRows * dtype_size(scale_type); }
-  // Bytes of one group of 32 columns of a block.
-  int64_t group_bytes() const {
+  // Bits of a column's code, 0 for formats that have none.
+  KT_INLINE int64_t code_bits() const {
     switch (format) {
-      case WeightFormat::bf16: return kGroup / 2 * kUnitBytes;
-      case WeightFormat::int8: return kGroup / 4 * kUnitBytes;
-      case WeightFormat::int4_g32: return kGroup / 8 * kUnitBytes + kBlockRows * 2;
-      default: break;
+      case WeightFormat::codes2:
+      case WeightFormat::codes2_g16: return 2;
+      case WeightFormat::codes3:
+      case WeightFormat::codes3_g16: return 3;
+      case WeightFormat::codes4:
+      case WeightFormat::codes4_g16:
+      case WeightFormat::table4:
+      case WeightFormat::table4_g16: return 4;
+      case WeightFormat::codes5:
+      case WeightFormat::codes5_g16: return 5;
+      case WeightFormat::codes6:
+      case WeightFormat::codes6_g16: return 6;
+      case WeightFormat::codes8:
+      case WeightFormat::codes8_g16: return 8;
+      default: return 0;
     }
-    return kGroup / (has_nibbles() ? 8 : 4) * kUnitBytes + sets() * (offsets ? 2 : 1) * set_bytes();
+  }
+  KT_INLINE bool scaled() const { return code_bits() > 0 || format == WeightFormat::f8; }
+  // Sets of scales a group.
+  KT_INLINE int64_t sets() const {
+    switch (format) {
+      case WeightFormat::codes2_g16:
+      case WeightFormat::codes3_g16:
+      case WeightFormat::codes4_g16:
+      case WeightFormat::codes5_g16:
+      case WeightFormat::codes6_g16:
+      case WeightFormat::codes8_g16:
+      case WeightFormat::table4_g16: return 2;
+      default: return 1;
+    }
+  }
+  // Sets of outer scales for each `span` groups.
+  KT_INLINE int64_t outer_sets() const { return inner_scales || span > 1 ? 1 : sets(); }
+  // Bytes of one set of outer scales, or of offsets.
+  KT_INLINE int64_t set_bytes() const { return kBlockRows * dtype_size(scale_type); }
+  KT_INLINE int64_t outer_bytes() const { return outer_sets() * set_bytes() * (offsets ? 2 : 1); }
+  KT_INLINE int64_t inner_bytes() const {
+    return sets() * kBlockRows * ((inner_scales ? 1 : 0) + (inner_offsets ? 1 : 0));
+  }
+  // Bytes of the codes or numbers of one group of 32 columns of a block.
+  KT_INLINE int64_t value_bytes() const {
+    switch (format) {
+      case WeightFormat::bf16:
+      case WeightFormat::f16: return 16 * kUnitBytes;
+      case WeightFormat::f32: return 32 * kUnitBytes;
+      case WeightFormat::f8:
+      case WeightFormat::int8: return 8 * kUnitBytes;
+      default: return code_bits() * kUnitBytes;
+    }
+  }
+  // Bytes of one group with all that stands in it.
+  KT_INLINE int64_t group_bytes() const {
+    return value_bytes() + (scaled() ? inner_bytes() + (span == 1 ? outer_bytes() : 0) : 0);
   }
   // Bytes of one block of a matrix with `cols` columns; a multiple of 64.
-  int64_t block_bytes(int64_t cols) const {
-    const int64_t channel_scales = format == WeightFormat::int8 ? kBlockRows * 4 : 0;
-    return ceil_div(cols, kGroup) * group_bytes() + channel_scales;
+  KT_INLINE int64_t block_bytes(int64_t cols) const {
+    const int64_t groups = ceil_div(cols, kGroup);
+    int64_t bytes = groups * group_bytes();
+    if (format == WeightFormat::int8) bytes += kBlockRows * 4;
+    if (scaled() && span > 1) bytes += ceil_div(groups, span) * outer_bytes();
+    return round_up(bytes, 64);
   }
 };
 
-// One matrix as its file stores it (see the Python format descriptors), rows contiguous.
+// One matrix to pack, rows contiguous.
 struct StoredMatrix {
   WeightLayout layout;
   int64_t rows, cols;
+  // Numbers of the format's type [rows][cols]; codes are bytes.
   const void* data;
-  const void* scales;  // null for bf16
-  // For nibbles and bytes, data are codes [rows][cols] below 16, or levels; scales and offsets are
-  // floats [rows][ceil(cols / group_size)]; offsets null where the layout has none.
+  // Of floats [rows][ceil(cols / scale_size)], int8: [rows]; null for bf16, f16 and f32. Offsets and
+  // inner scales and offsets (signed bytes [rows][ceil(cols / group_size)]) where the layout has them.
+  const float* scales = nullptr;
   const float* offsets = nullptr;
-  int64_t group_size = 0;
+  const int8_t* inner_scales = nullptr;
+  const int8_t* inner_offsets = nullptr;
+  int64_t scale_size = 0, group_size = 0;
 };
 
 // One packed matrix [rows, cols].

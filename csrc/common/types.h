@@ -9,18 +9,33 @@ namespace ktcore {
 enum class DType : int { f32 = 0, f16 = 1, bf16 = 2 };
 enum class Activation : int { silu = 0, gelu_tanh = 1 };
 enum class Scoring : int { softmax = 0, sigmoid = 1 };
-// How packed weights are laid out: see packed.h.
+// The stored formats that `quantize` and `dequantize` know.
+enum class StoredFormat : int { bf16 = 0, int8 = 1, int4_g32 = 2 };
+
+// How packed weights are laid out: see packed.h. The order is that of kernels/table.inl.
 enum class WeightFormat : int {
-  bf16 = 0,
-  int8 = 1,
-  int4_g32 = 2,
-  nibbles = 3,
-  nibbles_g16 = 4,
-  bytes = 5,
-  bytes_g16 = 6
+  bf16,
+  f16,
+  f32,
+  f8,
+  int8,
+  codes2,
+  codes2_g16,
+  codes3,
+  codes3_g16,
+  codes4,
+  codes4_g16,
+  codes5,
+  codes5_g16,
+  codes6,
+  codes6_g16,
+  codes8,
+  codes8_g16,
+  table4,
+  table4_g16
 };
 
-static constexpr int kWeightFormats = 7;
+static constexpr int kWeightFormats = 19;
 static constexpr int64_t kGroup = 32;  // weights and activations share one scale per group of this
 
 static constexpr int64_t dtype_size(DType t) { return t == DType::f32 ? 4 : 2; }

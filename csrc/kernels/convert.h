@@ -27,12 +27,12 @@ static KT_INLINE void dequantize_row(const DequantizeJob& job, int64_t row) {
     const int64_t left = job.cols - g * kGroup;
     const int64_t count = left < kGroup ? left : kGroup;
     typename S::F v[Rows32<S>::kVectors];
-    if (job.format == WeightFormat::bf16) {
+    if (job.format == StoredFormat::bf16) {
       Rows32<S>::load({job.data, job.cols, DType::bf16}, row, g * kGroup, count, v);
     } else {
       alignas(64) float values[kGroup] = {};
       float scale;
-      if (job.format == WeightFormat::int8) {
+      if (job.format == StoredFormat::int8) {
         const auto* q = static_cast<const int8_t*>(job.data) + row * job.cols + g * kGroup;
         for (int64_t i = 0; i < count; ++i) values[i] = static_cast<float>(q[i]);
         scale = static_cast<const float*>(job.scales)[row];
@@ -159,9 +159,9 @@ template <class S>
 static void quantize(const QuantizeJob& job, ThreadPool& pool) {
   parallel_for(pool, ceil_div(job.rows, kRowsPerTask), [&](int64_t task, int) {
     for (int64_t r = task * kRowsPerTask; r < (task + 1) * kRowsPerTask && r < job.rows; ++r) {
-      if (job.format == WeightFormat::int8) {
+      if (job.format == StoredFormat::int8) {
         quantize_row_int8<S>(job, r);
-      } else if (job.format == WeightFormat::int4_g32) {
+      } else if (job.format == StoredFormat::int4_g32) {
         quantize_row_int4<S>(job, r);
       } else {
         const Rows out{job.data, job.cols, DType::bf16};

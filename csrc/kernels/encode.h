@@ -25,25 +25,21 @@ static KT_INLINE void copy_rows(const uint8_t* from, int count, uint8_t* to, int
 // The weights come as bytes or nibbles, four columns to a 32-bit lane; shifts widen bytes 0 and 2 of
 // the lane together, then 1 and 3. So the pairs of a group of four columns are (0, 2) and (1, 3).
 //
-// Tile: pair[K/2][R] of int16[2]; scale[K/32][R] f32; offset[K/32][R] i32 = -8 * the group's sum, which
-// undoes the bias of int4_g32; sum[K/16][R] f32, of 16 columns each as the integers stand for, which
-// weights' offsets multiply.
+// Tile: pair[K/2][R] of int16[2]; scale[K/32][R] f32; sum[K/16][R] i32, of 16 columns' integers each,
+// which undo the weights' bias and which their offsets multiply.
 template <class S>
 struct Int16Codec {
   using F = typename S::F;
   static constexpr int kVectors = Rows32<S>::kVectors;
 
   static constexpr int64_t row_bytes(int64_t cols) {
-    return ceil_div(cols, kGroup) * (2 * kGroup + 16);
+    return ceil_div(cols, kGroup) * (2 * kGroup + 12);
   }
   static const float* scales(const uint8_t* tile, int64_t rows, int64_t groups) {
     return reinterpret_cast<const float*>(tile + rows * groups * kGroup * 2);
   }
-  static const int32_t* offsets(const uint8_t* tile, int64_t rows, int64_t groups) {
+  static const int32_t* sums(const uint8_t* tile, int64_t rows, int64_t groups) {
     return reinterpret_cast<const int32_t*>(scales(tile, rows, groups) + rows * groups);
-  }
-  static const float* sums(const uint8_t* tile, int64_t rows, int64_t groups) {
-    return scales(tile, rows, groups) + 2 * rows * groups;
   }
 
   static KT_INLINE void encode(const F* v, int, uint8_t* tile, int64_t rows, int64_t row,
@@ -63,29 +59,52 @@ struct Int16Codec {
     const float scale = !finite ? std::numeric_limits<float>::quiet_NaN()
                         : tiny  ? 0.0f
                                 : amax / kLargest;
-    const int64_t at = group * rows + row;
-    const_cast<float*>(scales(tile, rows, groups))[at] = scale;
-    const_cast<int32_t*>(offsets(tile, rows, groups))[at] = finite ? -8 * (sum[0] + sum[1]) : 0;
-    for (int64_t i = 0; i < 2; ++i) {
-      const_cast<float*>(sums(tile, rows, groups))[(2 * group + i) * rows + row] =
-          scale * static_cast<float>(sum[i]);
+    const_cast<float*>(scales(tile, rows, groups))[group * rows + row] = scale;
+    auto* sums_at = const_cast<int32_t*>(sums(tile, rows, groups)) + 2 * group * rows + row;
+    sums_at[0] = finite ? sum[0] : 0;
+    sums_at[rows] = finite ? sum[1] : 0;
+  }
+
+  static KT_INLINE void gather(const uint8_t* token, int, uint8_t* tile, int64_t rows, int64_t row,
+                               int64_t groups) {
+    copy_rows<4>(token, 1, tile, rows, row, groups * (kGroup / 2 + 3));
+  }
+};
+
+// Pairs of floats, for fused multiply-adds: exact. Tile: pair[K/2][R] of float[2].
+template <class S>
+struct FloatCodec {
+  using F = typename S::F;
+  static constexpr int kVectors = Rows32<S>::kVectors;
+  static constexpr int64_t kPairBytes = 8;
+
+  static constexpr int64_t row_bytes(int64_t cols) {
+    return ceil_div(cols, kGroup) * kGroup / 2 * kPairBytes;
+  }
+
+  static KT_INLINE void encode(const F* v, int, uint8_t* tile, int64_t rows, int64_t row,
+                               int64_t group, int64_t) {
+    alignas(64) float values[kGroup];
+    for (int i = 0; i < kVectors; ++i) S::store(values + i * S::kLanes, v[i]);
+    for (int64_t i = 0; i < kGroup / 2; ++i) {
+      std::memcpy(tile + ((group * (kGroup / 2) + i) * rows + row) * kPairBytes, values + 2 * i,
+                  kPairBytes);
     }
   }
 
   static KT_INLINE void gather(const uint8_t* token, int, uint8_t* tile, int64_t rows, int64_t row,
                                int64_t groups) {
-    copy_rows<4>(token, 1, tile, rows, row, groups * (kGroup / 2 + 4));
+    copy_rows<kPairBytes>(token, 1, tile, rows, row, groups * (kGroup / 2));
   }
 };
 
-// Pairs of bf16 (for dot-product instructions; four bytes) or of floats (for fused multiply-adds;
-// eight bytes, and exact). A token takes one row per plane: the first is the value rounded to bf16
-// (0.2 % of a Gaussian row), the next what that left over. Tile: pair[K/2][R].
+// Pairs of bf16, for dot-product instructions. A token takes one row per plane: the first is the
+// value rounded to bf16 (0.2 % of a Gaussian row), the next what that left over. Tile: pair[K/2][R].
 template <class S>
 struct Bf16Codec {
   using F = typename S::F;
   static constexpr int kVectors = Rows32<S>::kVectors;
-  static constexpr int64_t kPairBytes = S::kBf16Dot ? 4 : 8;
+  static constexpr int64_t kPairBytes = 4;
 
   static constexpr int64_t row_bytes(int64_t cols) {
     return ceil_div(cols, kGroup) * kGroup / 2 * kPairBytes;
@@ -94,22 +113,16 @@ struct Bf16Codec {
   static KT_INLINE void encode(const F* values, int planes, uint8_t* tile, int64_t rows,
                                int64_t row, int64_t group, int64_t) {
     constexpr int64_t kPairs = kGroup / 2;
-    alignas(64) uint8_t bytes[kPairs * kPairBytes];
+    alignas(64) uint16_t bf16[kGroup];
     F v[kVectors];
     for (int i = 0; i < kVectors; ++i) v[i] = values[i];
     for (int plane = 0; plane < planes; ++plane, ++row) {
-      if constexpr (S::kBf16Dot) {
-        auto* out = reinterpret_cast<uint16_t*>(bytes);
-        for (int i = 0; i < kVectors; ++i) S::store_bf16(out + i * S::kLanes, v[i]);
-        if (plane + 1 < planes) {
-          for (int i = 0; i < kVectors; ++i) v[i] = S::sub(v[i], S::load_bf16(out + i * S::kLanes));
-        }
-      } else {
-        auto* out = reinterpret_cast<float*>(bytes);
-        for (int i = 0; i < kVectors; ++i) S::store(out + i * S::kLanes, v[i]);
+      for (int i = 0; i < kVectors; ++i) S::store_bf16(bf16 + i * S::kLanes, v[i]);
+      if (plane + 1 < planes) {
+        for (int i = 0; i < kVectors; ++i) v[i] = S::sub(v[i], S::load_bf16(bf16 + i * S::kLanes));
       }
       for (int64_t i = 0; i < kPairs; ++i) {
-        std::memcpy(tile + ((group * kPairs + i) * rows + row) * kPairBytes, bytes + i * kPairBytes,
+        std::memcpy(tile + ((group * kPairs + i) * rows + row) * kPairBytes, bf16 + 2 * i,
                     kPairBytes);
       }
     }

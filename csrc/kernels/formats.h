@@ -24,9 +24,10 @@ static constexpr int vectors_at_once(int rows, int cells) {
   return v;
 }
 
-// The sum of row r's activations over a piece of kPieces a group.
+// What the weights' offsets multiply: row r's activations summed over a piece of kPieces a group, as
+// the integers that stand for them.
 template <int kPieces, int R>
-static KT_INLINE float piece_sum(const float* sums, int64_t piece, int r) {
+static KT_INLINE int32_t piece_sum(const int32_t* sums, int64_t piece, int r) {
   if constexpr (kPieces == 2) return sums[piece * R + r];
   return sums[2 * piece * R + r] + sums[(2 * piece + 1) * R + r];
 }
@@ -53,7 +54,7 @@ struct Int16Panel {
                        float* out) const {
     constexpr int V = vectors_at_once<S>(R, S::kIntCells);
     const float* x_scale = Int16Codec<S>::scales(tile, R, groups) + first * R;
-    const float* x_sum = Int16Codec<S>::sums(tile, R, groups) + 2 * first * R;
+    const int32_t* x_sum = Int16Codec<S>::sums(tile, R, groups) + 2 * first * R;
     for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
       const uint8_t* w = weights + v0 * S::kLanes * 4;
       const uint8_t* a = tile + first * kGroup * 2 * R;
@@ -96,7 +97,7 @@ struct Int16Panel {
           }
         }
         if constexpr (kSets > 0) {
-          if (has_offsets) add_offsets<R>(piece, x_sum, v0, out);
+          if (has_offsets) add_offsets<R>(piece, x_scale, x_sum, v0, out);
         }
       }
     }
@@ -104,123 +105,17 @@ struct Int16Panel {
 
  private:
   template <int R>
-  KT_INLINE void add_offsets(int64_t piece, const float* x_sum, int v0, float* out) const {
+  KT_INLINE void add_offsets(int64_t piece, const float* x_scale, const int32_t* x_sum, int v0,
+                             float* out) const {
     constexpr int V = vectors_at_once<S>(R, S::kIntCells);
     for (int r = 0; r < R; ++r) {
-      const typename S::F x = S::set1(piece_sum<kSets, R>(x_sum, piece, r));
+      const typename S::F x = S::set1(x_scale[piece / kPieces * R + r] *
+                                      static_cast<float>(piece_sum<kPieces, R>(x_sum, piece, r)));
       for (int v = v0; v < v0 + V; ++v) {
         float* to = out + r * kBlockRows + v * S::kLanes;
         const typename S::F offset = S::load(offsets + piece * kBlockRows + v * S::kLanes);
         S::store(to, S::fma(offset, x, S::load(to)));
       }
-    }
-  }
-};
-
-template <class S>
-struct Int4Group32 {
-  using Codec = Int16Codec<S>;
-  using Panel = Int16Panel<S, 1>;
-  static constexpr int kMaxRows = S::kIntRows;
-  static constexpr int kPlanes = 1, kExactPlanes = 1;
-  static constexpr bool kPanels = true;
-  static constexpr int kUnits = static_cast<int>(kGroup) / 8;
-  static constexpr int64_t kGroupBytes = kUnits * kUnitBytes + kBlockRows * 2;
-
-  template <int R>
-  KT_NOINLINE static void dot(const WeightLayout&, const uint8_t* block, int64_t groups,
-                              const uint8_t* tile, float* out, int64_t prefetch) {
-    constexpr int V = vectors_at_once<S>(R, S::kIntCells);
-    const float* x_scale = Codec::scales(tile, R, groups);
-    const int32_t* offset = Codec::offsets(tile, R, groups);
-    for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
-      typename S::F acc[V][R];
-      KT_UNROLL
-      for (int v = 0; v < V; ++v) {
-        KT_UNROLL
-        for (int r = 0; r < R; ++r) acc[v][r] = S::zero();
-      }
-      const uint8_t* a = tile;
-      const uint8_t* w = block + v0 * S::kLanes * 4;
-      for (int64_t g = 0; g < groups; ++g, a += 2 * kGroup * R, w += kGroupBytes) {
-        typename S::I sum[V][R];
-        KT_UNROLL
-        for (int r = 0; r < R; ++r) {
-          KT_UNROLL
-          for (int v = 0; v < V; ++v) sum[v][r] = S::set1_i32(offset[g * R + r]);
-        }
-        KT_UNROLL
-        for (int unit = 0; unit < kUnits; ++unit) {
-          typename S::I raw[V];
-          KT_UNROLL
-          for (int v = 0; v < V; ++v) {
-            const uint8_t* p = w + unit * kUnitBytes + v * S::kLanes * 4;
-            if constexpr (R <= 2) S::prefetch(p + prefetch);
-            raw[v] = S::load_i(p);
-          }
-          // Nibble 0 of the 16 bits holds columns 0 and 2, 2: 1 and 3, 1: 4 and 6, 3: 5 and 7.
-          dot_nibble<0, V, R>(sum, raw, a + (unit * 4 + 0) * R * 4);
-          dot_nibble<2, V, R>(sum, raw, a + (unit * 4 + 1) * R * 4);
-          dot_nibble<1, V, R>(sum, raw, a + (unit * 4 + 2) * R * 4);
-          dot_nibble<3, V, R>(sum, raw, a + (unit * 4 + 3) * R * 4);
-        }
-        const auto* scales =
-            reinterpret_cast<const uint16_t*>(block + g * kGroupBytes + kUnits * kUnitBytes);
-        KT_UNROLL
-        for (int v = 0; v < V; ++v) {
-          const typename S::F scale = S::load_bf16(scales + (v0 + v) * S::kLanes);
-          KT_UNROLL
-          for (int r = 0; r < R; ++r) {
-            const typename S::F both = S::mul(scale, S::set1(x_scale[g * R + r]));
-            acc[v][r] = S::fma(S::to_f32(sum[v][r]), both, acc[v][r]);
-          }
-        }
-      }
-      KT_UNROLL
-      for (int v = 0; v < V; ++v) {
-        KT_UNROLL
-        for (int r = 0; r < R; ++r)
-          S::store(out + r * kBlockRows + (v0 + v) * S::kLanes, acc[v][r]);
-      }
-    }
-  }
-
-  static void expand(const WeightLayout&, const uint8_t* block, int64_t first, int64_t count,
-                     Panel& panel) {
-    const typename S::I eight = S::set1_i16(8);
-    uint8_t* to = panel.weights;
-    for (int64_t g = 0; g < count; ++g) {
-      const uint8_t* w = block + (first + g) * kGroupBytes;
-      for (int unit = 0; unit < kUnits; ++unit, w += kUnitBytes, to += 4 * kUnitBytes) {
-        for (int64_t at = 0; at < kUnitBytes; at += S::kLanes * 4) {
-          const typename S::I raw = S::load_i(w + at);
-          S::store_i(to + at, S::sub_i16(S::template nibble<0>(raw), eight));
-          S::store_i(to + kUnitBytes + at, S::sub_i16(S::template nibble<2>(raw), eight));
-          S::store_i(to + 2 * kUnitBytes + at, S::sub_i16(S::template nibble<1>(raw), eight));
-          S::store_i(to + 3 * kUnitBytes + at, S::sub_i16(S::template nibble<3>(raw), eight));
-        }
-      }
-      for (int64_t r = 0; r < kBlockRows; r += S::kLanes) {
-        S::store(panel.scales + g * kBlockRows + r,
-                 S::load_bf16(reinterpret_cast<const uint16_t*>(w) + r));
-      }
-    }
-  }
-
-  static KT_INLINE void finish(const uint8_t*, int64_t, float*, int64_t) {}
-
- private:
-  template <int N, int V, int R>
-  static KT_INLINE void dot_nibble(typename S::I (&sum)[V][R], const typename S::I (&raw)[V],
-                                   const uint8_t* a) {
-    typename S::I weight[V];
-    KT_UNROLL
-    for (int v = 0; v < V; ++v) weight[v] = S::template nibble<N>(raw[v]);
-    KT_UNROLL
-    for (int r = 0; r < R; ++r) {
-      const typename S::I x = S::broadcast4(a + r * 4);
-      KT_UNROLL
-      for (int v = 0; v < V; ++v) sum[v][r] = S::dot_i16(sum[v][r], weight[v], x);
     }
   }
 };
@@ -290,8 +185,8 @@ struct Int8Channel {
     finish(block, groups, out, R);
   }
 
-  static void expand(const WeightLayout&, const uint8_t* block, int64_t first, int64_t count,
-                     Panel& panel) {
+  KT_NOINLINE static void expand(const WeightLayout&, const uint8_t* block, int64_t, int64_t first,
+                                 int64_t count, Panel& panel) {
     const uint8_t* w = block + first * kGroupBytes;
     uint8_t* to = panel.weights;
     for (int64_t unit = 0; unit < count * kUnits; ++unit, w += kUnitBytes, to += 2 * kUnitBytes) {
@@ -328,16 +223,98 @@ struct Int8Channel {
   }
 };
 
-// Weights as levels with scales and maybe offsets: nibbles that number 16 levels, or the levels
-// themselves as bytes; kSets sets of scales a group. What varies more finely is in the layout.
-template <class S, bool kNibbles, int kSets>
+// The scales and offsets of a block's groups, of up to kSets sets each, as floats: see packed.h for
+// where they lie and how they combine.
+template <class S, int kSets>
+class GroupScales {
+ public:
+  KT_INLINE GroupScales(const WeightLayout& layout, int64_t code_bytes, const uint8_t* block,
+                        int64_t groups)
+      : layout_(layout),
+        code_bytes_(code_bytes),
+        both_sets_(layout.outer_sets() == 2),
+        outer_(block + (layout.span == 1 ? code_bytes + layout.inner_bytes()
+                                         : groups * layout.group_bytes())),
+        outer_step_(layout.span == 1 ? layout.group_bytes() : layout.outer_bytes()) {}
+
+  KT_INLINE bool has_offsets() const { return layout_.offsets || layout_.inner_offsets; }
+
+  // Makes the outer scales of V vectors from v0 on ready, where group g is the first that they are
+  // for, or in any case.
+  template <int V>
+  KT_INLINE void enter(int64_t g, int v0, bool always = false) {
+    if (layout_.span == 1) {
+      convert<V>(outer_ + g * outer_step_, v0);
+    } else if (always || g % layout_.span == 0) {
+      convert<V>(outer_ + g / layout_.span * outer_step_, v0);
+    }
+  }
+
+  // Of vector v of a set: the outer factor alone, and the scales and offsets of a group.
+  KT_INLINE typename S::F outer(int set, int v) const {
+    return S::load(scale_[both_sets_ ? set : 0] + v * S::kLanes);
+  }
+  KT_INLINE typename S::F scale(const uint8_t* group, int set, int v) const {
+    const typename S::F factor = outer(set, v);
+    return layout_.inner_scales ? S::mul(factor, inner(group, set, v)) : factor;
+  }
+  KT_INLINE typename S::F offset(const uint8_t* group, int set, int v) const {
+    const float (*from)[kBlockRows] = layout_.offsets ? offset_ : scale_;
+    const typename S::F outer = S::load(from[both_sets_ ? set : 0] + v * S::kLanes);
+    if (!layout_.inner_offsets) return outer;
+    return S::mul(outer, inner(group, layout_.inner_scales ? kSets + set : set, v));
+  }
+
+ private:
+  KT_INLINE typename S::F inner(const uint8_t* group, int row, int v) const {
+    return S::load_i8(group + code_bytes_ + row * kBlockRows + v * S::kLanes);
+  }
+
+  template <int V>
+  KT_INLINE void convert(const uint8_t* p, int v0) {
+    convert_set<V>(p, v0, scale_[0]);
+    if (kSets == 2 && both_sets_) convert_set<V>(p + layout_.set_bytes(), v0, scale_[kSets - 1]);
+    if (!layout_.offsets) return;
+    p += layout_.outer_sets() * layout_.set_bytes();
+    convert_set<V>(p, v0, offset_[0]);
+    if (kSets == 2 && both_sets_) convert_set<V>(p + layout_.set_bytes(), v0, offset_[kSets - 1]);
+  }
+  template <int V>
+  KT_INLINE void convert_set(const uint8_t* p, int v0, float* to) const {
+    for (int v = v0; v < v0 + V; ++v) {
+      const int64_t at = v * S::kLanes;
+      const auto* half = reinterpret_cast<const uint16_t*>(p) + at;
+      S::store(to + at, layout_.scale_type == DType::f32
+                            ? S::load(reinterpret_cast<const float*>(p) + at)
+                        : layout_.scale_type == DType::f16 ? S::load_f16(half)
+                                                           : S::load_bf16(half));
+    }
+  }
+
+  const WeightLayout& layout_;
+  const int64_t code_bytes_;
+  const bool both_sets_;
+  const uint8_t* outer_;
+  const int64_t outer_step_;
+  alignas(64) float scale_[kSets][kBlockRows];
+  alignas(64) float offset_[kSets][kBlockRows];
+};
+
+// Weights as codes of kBits bits, which are integers less the layout's bias or, with kTable, number 16
+// levels; kSets sets of scales a group. What varies more finely is in the layout.
+//
+// Codes of 3, 5 and 6 bits are in two parts: the lower 2 or 4 bits in units of their own, the upper
+// ones in others. Four columns (a quad) are taken out of the bytes of a lane at a time, as two words
+// of two 16-bit integers.
+template <class S, int kBits, bool kTable, int kSets>
 struct Coded {
   using Codec = Int16Codec<S>;
   using Panel = Int16Panel<S, kSets>;
+  using I = typename S::I;
+  using F = typename S::F;
   static constexpr int kMaxRows = S::kIntRows;
   static constexpr int kPlanes = 1, kExactPlanes = 1;
   static constexpr bool kPanels = true;
-  static constexpr int kUnits = static_cast<int>(kGroup) / (kNibbles ? 8 : 4);
 
   template <int R>
   KT_NOINLINE static void dot(const WeightLayout& layout, const uint8_t* block, int64_t groups,
@@ -345,10 +322,11 @@ struct Coded {
     constexpr int V = vectors_at_once<S>(R, S::kIntCells);
     const int64_t group_bytes = layout.group_bytes();
     const float* x_scale = Codec::scales(tile, R, groups);
-    const float* x_sum = Codec::sums(tile, R, groups);
-    const typename S::I levels = S::table16(layout.levels);
+    const int32_t* x_sum = Codec::sums(tile, R, groups);
+    const I levels = S::table16(layout.levels);
+    GroupScales<S, kSets> scales(layout, kCodeBytes, block, groups);
     for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
-      typename S::F acc[V][R];
+      F acc[V][R];
       KT_UNROLL
       for (int v = 0; v < V; ++v) {
         KT_UNROLL
@@ -356,59 +334,11 @@ struct Coded {
       }
       const uint8_t* a = tile;
       const uint8_t* group = block;
-      for (int64_t g = 0; g < groups; ++g, group += group_bytes) {
-        for (int set = 0; set < kSets; ++set) {
-          const uint8_t* w = group + set * (kUnits / kSets) * kUnitBytes + v0 * S::kLanes * 4;
-          typename S::I sum[V][R];
-          KT_UNROLL
-          for (int v = 0; v < V; ++v) {
-            KT_UNROLL
-            for (int r = 0; r < R; ++r) sum[v][r] = S::zero_i();
-          }
-          KT_UNROLL
-          for (int unit = 0; unit < kUnits / kSets; ++unit, w += kUnitBytes) {
-            typename S::I raw[V];
-            KT_UNROLL
-            for (int v = 0; v < V; ++v) {
-              const uint8_t* p = w + v * S::kLanes * 4;
-              if constexpr (R <= 2) S::prefetch(p + prefetch);
-              raw[v] = S::load_i(p);
-            }
-            if constexpr (kNibbles) {
-              typename S::I bytes[V];
-              KT_UNROLL
-              for (int v = 0; v < V; ++v) bytes[v] = S::look_up(levels, S::low_nibbles(raw[v]));
-              dot_bytes<V, R>(sum, bytes, a);
-              a += 8 * R;
-              KT_UNROLL
-              for (int v = 0; v < V; ++v) bytes[v] = S::look_up(levels, S::high_nibbles(raw[v]));
-              dot_bytes<V, R>(sum, bytes, a);
-            } else {
-              dot_bytes<V, R>(sum, raw, a);
-            }
-            a += 8 * R;
-          }
-          const int64_t piece = g * kSets + set;
-          KT_UNROLL
-          for (int v = 0; v < V; ++v) {
-            const typename S::F scale = load_scales(layout, group, set, v0 + v);
-            KT_UNROLL
-            for (int r = 0; r < R; ++r) {
-              const typename S::F both = S::mul(scale, S::set1(x_scale[g * R + r]));
-              acc[v][r] = S::fma(S::to_f32(sum[v][r]), both, acc[v][r]);
-            }
-          }
-          if (layout.offsets) {
-            KT_UNROLL
-            for (int v = 0; v < V; ++v) {
-              const typename S::F offset = load_scales(layout, group, kSets + set, v0 + v);
-              KT_UNROLL
-              for (int r = 0; r < R; ++r) {
-                const typename S::F x = S::set1(piece_sum<kSets, R>(x_sum, piece, r));
-                acc[v][r] = S::fma(offset, x, acc[v][r]);
-              }
-            }
-          }
+      for (int64_t g = 0; g < groups; ++g, group += group_bytes, a += 2 * kGroup * R) {
+        scales.template enter<V>(g, v0);
+        add_set<0, V, R>(layout, scales, group, g, v0, levels, a, x_scale, x_sum, acc, prefetch);
+        if constexpr (kSets == 2) {
+          add_set<1, V, R>(layout, scales, group, g, v0, levels, a, x_scale, x_sum, acc, prefetch);
         }
       }
       KT_UNROLL
@@ -421,34 +351,26 @@ struct Coded {
     }
   }
 
-  static void expand(const WeightLayout& layout, const uint8_t* block, int64_t first, int64_t count,
-                     Panel& panel) {
+  KT_NOINLINE static void expand(const WeightLayout& layout, const uint8_t* block, int64_t groups,
+                                 int64_t first, int64_t count, Panel& panel) {
     const int64_t group_bytes = layout.group_bytes();
-    const typename S::I levels = S::table16(layout.levels);
+    const I levels = S::table16(layout.levels);
+    const I bias = S::set1_i16(static_cast<int16_t>(layout.bias));
+    GroupScales<S, kSets> scales(layout, kCodeBytes, block, groups);
     uint8_t* to = panel.weights;
-    panel.has_offsets = layout.offsets;
-    for (int64_t g = 0; g < count; ++g) {
+    panel.has_offsets = scales.has_offsets();
+    for (int64_t g = 0; g < count; ++g, to += kGroup / 2 * kUnitBytes) {
       const uint8_t* group = block + (first + g) * group_bytes;
-      const uint8_t* w = group;
-      for (int unit = 0; unit < kUnits; ++unit, w += kUnitBytes) {
-        for (int64_t at = 0; at < kUnitBytes; at += S::kLanes * 4) {
-          const typename S::I raw = S::load_i(w + at);
-          if constexpr (kNibbles) {
-            store_bytes(S::look_up(levels, S::low_nibbles(raw)), to + at);
-            store_bytes(S::look_up(levels, S::high_nibbles(raw)), to + 2 * kUnitBytes + at);
-          } else {
-            store_bytes(raw, to + at);
-          }
-        }
-        to += (kNibbles ? 4 : 2) * kUnitBytes;
+      for (int64_t at = 0; at < kUnitBytes; at += S::kLanes * 4) {
+        expand_quads(group + at, levels, bias, to + at, Quads<8>());
       }
+      constexpr int kVectors = static_cast<int>(kBlockRows) / S::kLanes;
+      scales.template enter<kVectors>(first + g, 0, g == 0);
       for (int set = 0; set < kSets; ++set) {
-        for (int v = 0; v < static_cast<int>(kBlockRows) / S::kLanes; ++v) {
+        for (int v = 0; v < kVectors; ++v) {
           const int64_t at = (g * kSets + set) * kBlockRows + v * S::kLanes;
-          S::store(panel.scales + at, load_scales(layout, group, set, v));
-          if (layout.offsets) {
-            S::store(panel.offsets + at, load_scales(layout, group, kSets + set, v));
-          }
+          S::store(panel.scales + at, scales.scale(group, set, v));
+          if (panel.has_offsets) S::store(panel.offsets + at, scales.offset(group, set, v));
         }
       }
     }
@@ -457,99 +379,380 @@ struct Coded {
   static KT_INLINE void finish(const uint8_t*, int64_t, float*, int64_t) {}
 
  private:
-  // Vector v of a group's set of scales; offsets come after all scales.
-  static KT_INLINE typename S::F load_scales(const WeightLayout& layout, const uint8_t* group,
-                                             int set, int v) {
-    const uint8_t* p = group + kUnits * kUnitBytes + set * layout.set_bytes();
-    const int64_t at = v * S::kLanes;
-    if (layout.scale_type == DType::f32) return S::load(reinterpret_cast<const float*>(p) + at);
-    const auto* half = reinterpret_cast<const uint16_t*>(p) + at;
-    return layout.scale_type == DType::f16 ? S::load_f16(half) : S::load_bf16(half);
+  static constexpr int kLow = kBits == 8 ? 8 : kBits >= 4 ? 4 : 2, kHigh = kBits - kLow;
+  // A bit of each of 32 columns and 32 rows is one unit.
+  static constexpr int64_t kHighUnits = kLow * kUnitBytes, kCodeBytes = kBits * kUnitBytes;
+  // How many quads share the bytes of a unit.
+  static constexpr int kLowQuads = 8 / kLow, kHighQuads = kHigh == 0 ? 8 : 8 / kHigh;
+
+  template <int N>
+  using Quads = std::make_integer_sequence<int, N>;
+
+  // Bits [shift, shift + count) of every 16, moved to `to`.
+  template <int kShift, int kCount, int kTo>
+  static KT_INLINE I field(I raw) {
+    const I moved = S::template shift16<kShift - kTo>(raw);
+    if constexpr (kShift + kCount == 16 && kTo == 0) return moved;
+    return S::and_i(moved, S::set1_i16(((1 << kCount) - 1) << kTo));
   }
 
-  static KT_INLINE void store_bytes(typename S::I bytes, uint8_t* to) {
-    S::store_i(to, S::even_bytes(bytes));
-    S::store_i(to + kUnitBytes, S::odd_bytes(bytes));
+  // Quad Q of a group out of the units that hold its lower and upper bits.
+  template <int Q>
+  static KT_INLINE void widen(I low, I high, I levels, I& even, I& odd) {
+    if constexpr (kTable) {
+      const I codes = Q % 2 == 0 ? S::low_nibbles(low) : S::high_nibbles(low);
+      const I bytes = S::look_up(levels, codes);
+      even = S::even_bytes(bytes);
+      odd = S::odd_bytes(bytes);
+    } else if constexpr (kBits == 8) {
+      even = S::even_bytes(low);
+      odd = S::odd_bytes(low);
+    } else {
+      constexpr int kAt = Q % kLowQuads * kLow;
+      even = field<kAt, kLow, 0>(low);
+      odd = field<kAt + 8, kLow, 0>(low);
+      if constexpr (kHigh > 0) {
+        constexpr int kHighAt = Q % kHighQuads * kHigh;
+        even = S::or_i(even, field<kHighAt, kHigh, kLow>(high));
+        odd = S::or_i(odd, field<kHighAt + 8, kHigh, kLow>(high));
+      }
+    }
   }
 
-  // Four columns of signed bytes.
-  template <int V, int R>
-  static KT_INLINE void dot_bytes(typename S::I (&sum)[V][R], const typename S::I (&bytes)[V],
-                                  const uint8_t* a) {
-    typename S::I even[V], odd[V];
+  template <int... Q>
+  static KT_INLINE void expand_quads(const uint8_t* from, I levels, I bias, uint8_t* to,
+                                     std::integer_sequence<int, Q...>) {
+    (expand_quad<Q>(from, levels, bias, to), ...);
+  }
+  template <int Q>
+  static KT_INLINE void expand_quad(const uint8_t* from, I levels, I bias, uint8_t* to) {
+    const I low = S::load_i(from + Q / kLowQuads * kUnitBytes);
+    I high = low, even, odd;
+    if constexpr (kHigh > 0) high = S::load_i(from + kHighUnits + Q / kHighQuads * kUnitBytes);
+    widen<Q>(low, high, levels, even, odd);
+    if constexpr (!kTable && kBits < 8) {
+      even = S::sub_i16(even, bias);
+      odd = S::sub_i16(odd, bias);
+    }
+    S::store_i(to + 2 * Q * kUnitBytes, even);
+    S::store_i(to + (2 * Q + 1) * kUnitBytes, odd);
+  }
+
+  // Adds one set of a group's columns to acc.
+  template <int kSet, int V, int R>
+  static KT_INLINE void add_set(const WeightLayout& layout, const GroupScales<S, kSets>& scales,
+                                const uint8_t* group, int64_t g, int v0, I levels, const uint8_t* a,
+                                const float* x_scale, const int32_t* x_sum, F (&acc)[V][R],
+                                int64_t prefetch) {
+    constexpr int kQuads = 8 / kSets;
+    const int64_t piece = g * kSets + kSet;
+    I sum[V][R], low[V], high[V];
+    KT_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const int32_t start =
+          kTable || kBits == 8 ? 0 : -layout.bias * piece_sum<kSets, R>(x_sum, piece, r);
+      KT_UNROLL
+      for (int v = 0; v < V; ++v) sum[v][r] = S::set1_i32(start);
+    }
+    add_quads<kSet * kQuads, V, R>(sum, low, high, group + v0 * S::kLanes * 4, levels, a, prefetch,
+                                   Quads<kQuads>());
     KT_UNROLL
     for (int v = 0; v < V; ++v) {
-      even[v] = S::even_bytes(bytes[v]);
-      odd[v] = S::odd_bytes(bytes[v]);
+      const F scale = scales.scale(group, kSet, v0 + v);
+      KT_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const F both = S::mul(scale, S::set1(x_scale[g * R + r]));
+        acc[v][r] = S::fma(S::to_f32(sum[v][r]), both, acc[v][r]);
+      }
+    }
+    if (!scales.has_offsets()) return;
+    KT_UNROLL
+    for (int v = 0; v < V; ++v) {
+      const F offset = scales.offset(group, kSet, v0 + v);
+      KT_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const F x =
+            S::set1(x_scale[g * R + r] * static_cast<float>(piece_sum<kSets, R>(x_sum, piece, r)));
+        acc[v][r] = S::fma(offset, x, acc[v][r]);
+      }
+    }
+  }
+
+  template <int kFirst, int V, int R, int... Q>
+  static KT_INLINE void add_quads(I (&sum)[V][R], I (&low)[V], I (&high)[V], const uint8_t* w,
+                                  I levels, const uint8_t* a, int64_t prefetch,
+                                  std::integer_sequence<int, Q...>) {
+    (add_quad<kFirst + Q, Q == 0, V, R>(sum, low, high, w, levels, a, prefetch), ...);
+  }
+
+  template <int Q, bool kIsFirst, int V, int R>
+  static KT_INLINE void add_quad(I (&sum)[V][R], I (&low)[V], I (&high)[V], const uint8_t* w,
+                                 I levels, const uint8_t* a, int64_t prefetch) {
+    if constexpr (Q % kLowQuads == 0) {
+      load<V, R>(low, w + Q / kLowQuads * kUnitBytes, prefetch);
+    }
+    if constexpr (kHigh > 0 && (Q % kHighQuads == 0 || kIsFirst)) {
+      load<V, R>(high, w + kHighUnits + Q / kHighQuads * kUnitBytes, prefetch);
+    }
+    I even[V], odd[V];
+    KT_UNROLL
+    for (int v = 0; v < V; ++v) {
+      widen<Q>(low[v], kHigh > 0 ? high[v] : low[v], levels, even[v], odd[v]);
     }
     KT_UNROLL
     for (int r = 0; r < R; ++r) {
-      const typename S::I first = S::broadcast4(a + r * 4);
-      const typename S::I second = S::broadcast4(a + (R + r) * 4);
+      const I first = S::broadcast4(a + (2 * Q * R + r) * 4);
+      const I second = S::broadcast4(a + ((2 * Q + 1) * R + r) * 4);
       KT_UNROLL
       for (int v = 0; v < V; ++v) {
         sum[v][r] = S::dot_i16(S::dot_i16(sum[v][r], even[v], first), odd[v], second);
       }
     }
   }
+
+  template <int V, int R>
+  static KT_INLINE void load(I (&raw)[V], const uint8_t* w, int64_t prefetch) {
+    KT_UNROLL
+    for (int v = 0; v < V; ++v) {
+      const uint8_t* p = w + v * S::kLanes * 4;
+      if constexpr (R <= 2) S::prefetch(p + prefetch);
+      raw[v] = S::load_i(p);
+    }
+  }
 };
 
-// Panels of floats: [column][32 rows].
+// Where floating-point weights come from: kColumns columns at a time from kBytes bytes, as floats.
+// `column<I>` is rows [row, row + kLanes) of one of them.
+
 template <class S>
-struct FloatPanel {
-  static constexpr int64_t kGroups = kPanelGroups / 2;
-  alignas(64) float weights[kGroups * kGroup * kBlockRows];
+struct FromBf16 {
+  static constexpr int kColumns = 2;
+  static constexpr int64_t kBytes = kUnitBytes;
+  static constexpr bool kScaled = false;
+  template <int I>
+  static KT_INLINE typename S::F column(const uint8_t* from, int64_t row) {
+    const typename S::I raw = S::load_i(from + row * 4);
+    return I == 0 ? S::low_bf16(raw) : S::high_bf16(raw);
+  }
+};
+
+template <class S>
+struct FromF16 {
+  static constexpr int kColumns = 2;
+  static constexpr int64_t kBytes = kUnitBytes;
+  static constexpr bool kScaled = false;
+  template <int I>
+  static KT_INLINE typename S::F column(const uint8_t* from, int64_t row) {
+    return S::load_f16(reinterpret_cast<const uint16_t*>(from) + I * kBlockRows + row);
+  }
+};
+
+template <class S>
+struct FromF32 {
+  static constexpr int kColumns = 2;
+  static constexpr int64_t kBytes = 2 * kUnitBytes;
+  static constexpr bool kScaled = false;
+  template <int I>
+  static KT_INLINE typename S::F column(const uint8_t* from, int64_t row) {
+    return S::load(reinterpret_cast<const float*>(from) + I * kBlockRows + row);
+  }
+};
+
+template <class S>
+struct FromF8 {
+  static constexpr int kColumns = 4;
+  static constexpr int64_t kBytes = kUnitBytes;
+  static constexpr bool kScaled = true;
+  template <int I>
+  static KT_INLINE typename S::F column(const uint8_t* from, int64_t row) {
+    return S::template e4m3<I>(S::load_i(from + row * 4));
+  }
+};
+
+// Floating-point weights and float32 activations. Sums run over pieces of up to four groups: that is
+// more exact than one long sum, and a piece has one scale.
+template <class S, class From>
+struct Floats {
+  using Codec = FloatCodec<S>;
+  using F = typename S::F;
+  static constexpr int kMaxRows = S::kFloatRows;
+  static constexpr int kPlanes = 1, kExactPlanes = 1;
+  static constexpr bool kPanels = true;
+  static constexpr int64_t kGroupBytes = kGroup / From::kColumns * From::kBytes;
+
+  // The columns of a panel as floats, [column][32 rows], and the scales of its pieces.
+  struct Panel {
+    static constexpr int64_t kGroups = 4;
+    alignas(64) float weights[kGroups * kGroup * kBlockRows];
+    alignas(64) float scales[kGroups * kBlockRows];
+    int64_t piece_groups = kGroups;
+
+    template <int R>
+    KT_NOINLINE void dot(int64_t first, int64_t count, int64_t, const uint8_t* tile,
+                         float* out) const {
+      constexpr int V = vectors_at_once<S>(R, S::kFloatCells);
+      for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
+        const auto* x = reinterpret_cast<const float*>(tile) + first * kGroup * R;
+        const float* w = weights + v0 * S::kLanes;
+        const float* scale = scales + v0 * S::kLanes;
+        for (int64_t left = count; left > 0; left -= piece_groups, scale += kBlockRows) {
+          const int64_t columns = (left < piece_groups ? left : piece_groups) * kGroup;
+          F sum[V][R];
+          clear<V, R>(sum);
+          for (int64_t pair = 0; pair < columns / 2; ++pair, x += 2 * R) {
+            KT_UNROLL
+            for (int i = 0; i < 2; ++i, w += kBlockRows) {
+              F weight[V];
+              KT_UNROLL
+              for (int v = 0; v < V; ++v) {
+                weight[v] = S::load(w + v * S::kLanes);
+                if constexpr (R > 1) KT_IN_REGISTER(weight[v]);
+              }
+              add_column<V, R>(sum, weight, x + i);
+            }
+          }
+          F factor[V];
+          KT_UNROLL
+          for (int v = 0; v < V; ++v) factor[v] = S::load(scale + v * S::kLanes);
+          finish_piece<V, R>(sum, factor, out + v0 * S::kLanes);
+        }
+      }
+    }
+  };
 
   template <int R>
-  KT_NOINLINE void dot(int64_t first, int64_t count, int64_t, const uint8_t* tile,
-                       float* out) const {
+  KT_NOINLINE static void dot(const WeightLayout& layout, const uint8_t* block, int64_t groups,
+                              const uint8_t* tile, float* out, int64_t prefetch) {
     constexpr int V = vectors_at_once<S>(R, S::kFloatCells);
+    const int64_t group_bytes = layout.group_bytes(), step = piece_groups(layout);
+    std::memset(out, 0, R * kBlockRows * sizeof(float));
+    GroupScales<S, 1> scales(layout, kGroupBytes, block, groups);
     for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
-      typename S::F acc[V][R];
-      KT_UNROLL
-      for (int v = 0; v < V; ++v) {
-        KT_UNROLL
-        for (int r = 0; r < R; ++r) {
-          acc[v][r] = S::load(out + r * kBlockRows + (v0 + v) * S::kLanes);
+      const auto* x = reinterpret_cast<const float*>(tile);
+      for (int64_t first = 0; first < groups; first += step) {
+        F sum[V][R], factor[V];
+        clear<V, R>(sum);
+        if constexpr (From::kScaled) {
+          scales.template enter<V>(first, v0);
+          KT_UNROLL
+          for (int v = 0; v < V; ++v) factor[v] = scales.outer(0, v0 + v);
         }
-      }
-      const float* w = weights + v0 * S::kLanes;
-      const auto* x = reinterpret_cast<const float*>(tile) + first * kGroup * R;
-      for (int64_t pair = 0; pair < count * (kGroup / 2); ++pair, x += 2 * R) {
-        KT_UNROLL
-        for (int i = 0; i < 2; ++i, w += kBlockRows) {
-          typename S::F weight[V];
-          KT_UNROLL
-          for (int v = 0; v < V; ++v) {
-            weight[v] = S::load(w + v * S::kLanes);
-            if constexpr (R > 1) KT_IN_REGISTER(weight[v]);
-          }
-          KT_UNROLL
-          for (int r = 0; r < R; ++r) {
-            const typename S::F value = S::set1(x[2 * r + i]);
-            KT_UNROLL
-            for (int v = 0; v < V; ++v) acc[v][r] = S::fma(weight[v], value, acc[v][r]);
+        const int64_t end = first + step < groups ? first + step : groups;
+        for (int64_t g = first; g < end; ++g) {
+          const uint8_t* w = block + g * group_bytes;
+          for (int64_t k = 0; k < kGroup; k += From::kColumns, w += From::kBytes) {
+            add_columns<V, R>(sum, w, v0, x, prefetch,
+                              std::make_integer_sequence<int, From::kColumns>());
+            x += From::kColumns * R;
           }
         }
+        finish_piece<V, R>(sum, factor, out + v0 * S::kLanes);
       }
+    }
+  }
+
+  KT_NOINLINE static void expand(const WeightLayout& layout, const uint8_t* block, int64_t groups,
+                                 int64_t first, int64_t count, Panel& panel) {
+    constexpr int kVectors = static_cast<int>(kBlockRows) / S::kLanes;
+    const int64_t group_bytes = layout.group_bytes();
+    GroupScales<S, 1> scales(layout, kGroupBytes, block, groups);
+    panel.piece_groups = piece_groups(layout);
+    float* to = panel.weights;
+    for (int64_t g = 0; g < count; ++g) {
+      const uint8_t* w = block + (first + g) * group_bytes;
+      for (int64_t k = 0; k < kGroup; k += From::kColumns, w += From::kBytes) {
+        expand_columns(w, to, std::make_integer_sequence<int, From::kColumns>());
+        to += From::kColumns * kBlockRows;
+      }
+      if constexpr (From::kScaled) {
+        if (g % panel.piece_groups != 0) continue;
+        scales.template enter<kVectors>(first + g, 0, g == 0);
+        for (int v = 0; v < kVectors; ++v) {
+          S::store(panel.scales + g / panel.piece_groups * kBlockRows + v * S::kLanes,
+                   scales.outer(0, v));
+        }
+      }
+    }
+  }
+
+  static KT_INLINE void finish(const uint8_t*, int64_t, float*, int64_t) {}
+
+ private:
+  // Groups of a piece: a panel's, or as many of these as evenly share a scale.
+  static int64_t piece_groups(const WeightLayout& layout) {
+    if (!From::kScaled || layout.span % 4 == 0) return 4;
+    return layout.span % 2 == 0 ? 2 : 1;
+  }
+
+  template <int V, int R>
+  static KT_INLINE void clear(F (&sum)[V][R]) {
+    KT_UNROLL
+    for (int v = 0; v < V; ++v) {
       KT_UNROLL
-      for (int v = 0; v < V; ++v) {
-        KT_UNROLL
-        for (int r = 0; r < R; ++r)
-          S::store(out + r * kBlockRows + (v0 + v) * S::kLanes, acc[v][r]);
+      for (int r = 0; r < R; ++r) sum[v][r] = S::zero();
+    }
+  }
+
+  // `x` is the first row's value; those of a row lie in pairs.
+  template <int V, int R>
+  static KT_INLINE void add_column(F (&sum)[V][R], const F (&weight)[V], const float* x) {
+    KT_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const F value = S::set1(x[2 * r]);
+      KT_UNROLL
+      for (int v = 0; v < V; ++v) sum[v][r] = S::fma(weight[v], value, sum[v][r]);
+    }
+  }
+
+  template <int V, int R, int... I>
+  static KT_INLINE void add_columns(F (&sum)[V][R], const uint8_t* w, int v0, const float* x,
+                                    int64_t prefetch, std::integer_sequence<int, I...>) {
+    if constexpr (R <= 2) {
+      for (int64_t at = 0; at < From::kBytes; at += 64) S::prefetch(w + prefetch + at);
+    }
+    (add_one<I, V, R>(sum, w, v0, x + I / 2 * 2 * R + I % 2), ...);
+  }
+  template <int I, int V, int R>
+  static KT_INLINE void add_one(F (&sum)[V][R], const uint8_t* w, int v0, const float* x) {
+    F weight[V];
+    KT_UNROLL
+    for (int v = 0; v < V; ++v) weight[v] = From::template column<I>(w, (v0 + v) * S::kLanes);
+    add_column<V, R>(sum, weight, x);
+  }
+
+  template <int... I>
+  static KT_INLINE void expand_columns(const uint8_t* w, float* to,
+                                       std::integer_sequence<int, I...>) {
+    for (int64_t row = 0; row < kBlockRows; row += S::kLanes) {
+      (S::store(to + I * kBlockRows + row, From::template column<I>(w, row)), ...);
+    }
+  }
+
+  template <int V, int R>
+  static KT_INLINE void finish_piece(const F (&sum)[V][R], const F (&factor)[V], float* out) {
+    KT_UNROLL
+    for (int v = 0; v < V; ++v) {
+      KT_UNROLL
+      for (int r = 0; r < R; ++r) {
+        float* to = out + r * kBlockRows + v * S::kLanes;
+        if constexpr (From::kScaled) {
+          S::store(to, S::fma(sum[v][r], factor[v], S::load(to)));
+        } else {
+          S::store(to, S::add(sum[v][r], S::load(to)));
+        }
       }
     }
   }
 };
 
+// bf16 weights for dot-product instructions, which take the packed block as it is.
 template <class S>
-struct Bf16 {
+struct Bf16Pairs {
   using Codec = Bf16Codec<S>;
-  using Panel = FloatPanel<S>;
+  using Panel = void*;
   static constexpr int kMaxRows = S::kFloatRows;
-  static constexpr int kPlanes = 1, kExactPlanes = S::kBf16Dot ? 2 : 1;
-  // A dot-product instruction takes the packed block as it is.
-  static constexpr bool kPanels = !S::kBf16Dot;
+  static constexpr int kPlanes = 1, kExactPlanes = 2;
+  static constexpr bool kPanels = false;
 
   template <int R>
   KT_NOINLINE static void dot(const WeightLayout&, const uint8_t* block, int64_t groups,
@@ -565,20 +768,20 @@ struct Bf16 {
       }
       const uint8_t* a = tile;
       for (int64_t pair = 0; pair < groups * (kGroup / 2); ++pair) {
-        typename S::Wb weight[V];
+        typename S::I weight[V];
         KT_UNROLL
         for (int v = 0; v < V; ++v) {
           const uint8_t* p = w + v * S::kLanes * 4;
           if constexpr (R <= 2) S::prefetch(p + prefetch);
-          weight[v] = S::weight_bf16(S::load_i(p));
+          weight[v] = S::load_i(p);
         }
         KT_UNROLL
         for (int r = 0; r < R; ++r) {
-          const typename S::Ab x = S::activation_bf16(a + r * Codec::kPairBytes);
+          const typename S::I x = S::broadcast4(a + r * 4);
           KT_UNROLL
           for (int v = 0; v < V; ++v) acc[v][r] = S::dot_bf16(acc[v][r], weight[v], x);
         }
-        a += R * Codec::kPairBytes;
+        a += R * 4;
         w += kUnitBytes;
       }
       KT_UNROLL
@@ -589,25 +792,22 @@ struct Bf16 {
       }
     }
   }
-
-  static void expand(const WeightLayout&, const uint8_t* block, int64_t first, int64_t count,
-                     Panel& panel) {
-    const uint8_t* w = block + first * (kGroup / 2) * kUnitBytes;
-    float* to = panel.weights;
-    for (int64_t pair = 0; pair < count * (kGroup / 2); ++pair, to += 2 * kBlockRows) {
-      for (int v = 0; v < kBlockRows; v += S::kLanes, w += S::kLanes * 4) {
-        const typename S::I raw = S::load_i(w);
-        S::store(to + v, S::low_bf16(raw));
-        S::store(to + kBlockRows + v, S::high_bf16(raw));
-      }
-    }
-  }
-
-  static KT_INLINE void finish(const uint8_t*, int64_t, float*, int64_t) {}
 };
 
+template <class S>
+using Bf16 = std::conditional_t<S::kBf16Dot, Bf16Pairs<S>, Floats<S, FromBf16<S>>>;
+
+// Rows that a packed block is multiplied with directly; more go through panels, for the little that
+// they lose there is not worth the code.
+static constexpr int kDirectRows = 4;
+
+template <class Format>
+static constexpr int direct_rows() {
+  return !Format::kPanels || Format::kMaxRows < kDirectRows ? Format::kMaxRows : kDirectRows;
+}
+
 // Calls dot<R> for a run-time R.
-template <class Format, int R = Format::kMaxRows>
+template <class Format, int R = direct_rows<Format>()>
 static KT_INLINE void dot_block(const WeightLayout& layout, int rows, const uint8_t* block,
                                 int64_t groups, const uint8_t* tile, float* out, int64_t prefetch) {
   if (rows == R) return Format::template dot<R>(layout, block, groups, tile, out, prefetch);
@@ -633,21 +833,39 @@ static constexpr int tiles_at_once() {
   return kProductRows / Format::kMaxRows;
 }
 
+// Where the encoded activations of tiles are: those of one token in `tokens`, by the token's number,
+// where there is such; all others in `tiles`.
+struct EncodedTiles {
+  const uint8_t* tiles;
+  int64_t token_bytes;
+  const uint8_t* tokens = nullptr;
+  const int32_t* token_of = nullptr;  // null: pairs are tokens
+
+  KT_INLINE const uint8_t* operator()(const TokenTile& tile) const {
+    if (tokens == nullptr || tile.tokens > 1) return tiles + tile.first * token_bytes;
+    return tokens + (token_of == nullptr ? tile.first : token_of[tile.first]) * token_bytes;
+  }
+};
+
 // One block times up to tiles_at_once() tiles: out [tile.first - tiles[0].first ...][planes][32];
 // then, with several planes, their sum [token][32] at the beginning of each tile's place.
-// `encoded(tile)` is where a tile's activations are.
-template <class S, class Format, class Encoded>
-static void multiply(const WeightLayout& layout, const uint8_t* block, int64_t groups,
-                     const TokenTile* tiles, int count, int planes, Encoded encoded, float* out,
-                     int64_t prefetch) {
+template <class S, class Format>
+KT_NOINLINE static void multiply(const WeightLayout& layout, const uint8_t* block, int64_t groups,
+                                 const TokenTile* tiles, int count, int planes,
+                                 const EncodedTiles& encoded, float* out, int64_t prefetch) {
   const auto place = [&](const TokenTile& tile) {
     return out + (tile.first - tiles[0].first) * planes * kBlockRows;
   };
-  if (count == 1 || !Format::kPanels) {
+  const auto directly = [&] {
     for (int i = 0; i < count; ++i) {
       dot_block<Format>(layout, tiles[i].tokens * planes, block, groups, encoded(tiles[i]),
                         place(tiles[i]), prefetch);
     }
+  };
+  if constexpr (!Format::kPanels) {
+    directly();
+  } else if (count == 1 && tiles[0].tokens * planes <= direct_rows<Format>()) {
+    directly();
   } else {
     const TokenTile& last = tiles[count - 1];
     const int64_t rows = (last.first + last.tokens - tiles[0].first) * planes;
@@ -656,7 +874,7 @@ static void multiply(const WeightLayout& layout, const uint8_t* block, int64_t g
     constexpr int64_t kStep = Format::Panel::kGroups;
     for (int64_t first = 0; first < groups; first += kStep) {
       const int64_t piece = groups - first < kStep ? groups - first : kStep;
-      Format::expand(layout, block, first, piece, panel);
+      Format::expand(layout, block, groups, first, piece, panel);
       // What the next panel, or the next block, is made of comes from memory meanwhile.
       const uint8_t* next = block + (first + kStep) * layout.group_bytes();
       const int64_t lines = ceil_div(kStep * layout.group_bytes() / 64, count);

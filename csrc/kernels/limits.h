@@ -32,43 +32,41 @@ static double spin_int8(int64_t iterations) {
   return keep<S>(S::fold(all), 8.0 * S::kLanes * kChains * static_cast<double>(iterations));
 }
 
-template <class S>
-static double spin_bf16(int64_t iterations) {
+// Chains of `step(sum)`, each of so many operations a lane.
+template <class S, class Step>
+static KT_INLINE double spin_floats(int64_t iterations, double operations, Step step) {
   typename S::F acc[kChains];
-  alignas(64) uint8_t bytes[64];
-  for (int i = 0; i < 64; ++i) bytes[i] = static_cast<uint8_t>(i % 2 ? 0x3f : 0x80);
-  const typename S::Wb w = S::weight_bf16(S::load_i(bytes));
-  const typename S::Ab a = S::activation_bf16(bytes);
   KT_UNROLL
   for (int i = 0; i < kChains; ++i) acc[i] = S::set1(static_cast<float>(i));
   for (int64_t n = 0; n < iterations; ++n) {
     KT_UNROLL
-    for (int i = 0; i < kChains; ++i) acc[i] = S::dot_bf16(acc[i], w, a);
+    for (int i = 0; i < kChains; ++i) acc[i] = step(acc[i]);
   }
   typename S::F all = acc[0];
   for (int i = 1; i < kChains; ++i) all = S::add(all, acc[i]);
   const float total = S::sum(all);
   uint32_t bits;
   std::memcpy(&bits, &total, 4);
-  return keep<S>(bits, 4.0 * S::kLanes * kChains * static_cast<double>(iterations));
+  return keep<S>(bits, operations * S::kLanes * kChains * static_cast<double>(iterations));
 }
 
 template <class S>
 static double spin_f32(int64_t iterations) {
-  typename S::F acc[kChains];
   const typename S::F w = S::set1(0.999f), a = S::set1(0.5f);
-  KT_UNROLL
-  for (int i = 0; i < kChains; ++i) acc[i] = S::set1(static_cast<float>(i));
-  for (int64_t n = 0; n < iterations; ++n) {
-    KT_UNROLL
-    for (int i = 0; i < kChains; ++i) acc[i] = S::fma(acc[i], w, a);
+  return spin_floats<S>(iterations, 2.0, [&](typename S::F sum) { return S::fma(sum, w, a); });
+}
+
+// Where bf16 has no dot products, it is multiplied as float32.
+template <class S>
+static double spin_bf16(int64_t iterations) {
+  if constexpr (S::kBf16Dot) {
+    alignas(64) uint8_t bytes[64];
+    for (int i = 0; i < 64; ++i) bytes[i] = static_cast<uint8_t>(i % 2 ? 0x3f : 0x80);
+    const typename S::I w = S::load_i(bytes), a = S::broadcast4(bytes);
+    return spin_floats<S>(iterations, 4.0,
+                          [&](typename S::F sum) { return S::dot_bf16(sum, w, a); });
   }
-  typename S::F all = acc[0];
-  for (int i = 1; i < kChains; ++i) all = S::add(all, acc[i]);
-  const float total = S::sum(all);
-  uint32_t bits;
-  std::memcpy(&bits, &total, 4);
-  return keep<S>(bits, 2.0 * S::kLanes * kChains * static_cast<double>(iterations));
+  return spin_f32<S>(iterations);
 }
 
 template <class S>

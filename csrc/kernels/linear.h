@@ -22,10 +22,7 @@ static void linear(const LinearJob& job, ThreadPool& pool) {
     const int64_t begin = task * step;
     const int64_t end = begin + step < blocks ? begin + step : blocks;
     alignas(64) float c[kProductRows * kBlockRows];
-    const auto encoded = [&](const TokenTile& tile) {
-      return tile.tokens == 1 ? job.tokens_encoded + tile.first * token_bytes
-                              : job.tiles_encoded + tile.first * token_bytes;
-    };
+    const EncodedTiles encoded{job.tiles_encoded, token_bytes, job.tokens_encoded};
     for (int64_t b = begin; b < end; ++b) {
       const int64_t left = job.rows - b * kBlockRows;
       const int64_t count = left < kBlockRows ? left : kBlockRows;

@@ -43,10 +43,7 @@ static void gate_up(const MoeJob& job, ThreadPool& pool) {
     const int64_t end = begin + up_step < mid_blocks ? begin + up_step : mid_blocks;
     alignas(64) float gate[kProductRows * kBlockRows];
     alignas(64) float up[kProductRows * kBlockRows];
-    const auto encoded = [&](const TokenTile& tile) {
-      return tile.tokens == 1 ? job.tokens_encoded + job.pair_token[tile.first] * in_token_bytes
-                              : job.in_encoded + tile.first * in_token_bytes;
-    };
+    const EncodedTiles encoded{job.in_encoded, in_token_bytes, job.tokens_encoded, job.pair_token};
     for (int64_t b = begin; b < end; ++b) {
       const uint8_t* weights = expert.gate_up + b * 2 * in_block;
       for_tiles<Format>(job, expert, [&](const TokenTile* tiles, int count) {
@@ -91,9 +88,7 @@ static void down(const MoeJob& job, ThreadPool& pool) {
     const int64_t width = (end - begin) * kBlockRows;
     const int64_t sum_stride = out_blocks * kBlockRows;
     alignas(64) float c[kProductRows * kBlockRows];
-    const auto encoded = [&](const TokenTile& tile) {
-      return job.mid_encoded + tile.first * mid_token_bytes;
-    };
+    const EncodedTiles encoded{job.mid_encoded, mid_token_bytes};
     float* sum = job.sum + begin * kBlockRows;
     for (int64_t t = 0; t < job.tokens; ++t) {
       std::memset(sum + t * sum_stride, 0, static_cast<size_t>(width) * sizeof(float));

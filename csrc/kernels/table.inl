@@ -4,6 +4,7 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 #include "common/kernel_table.h"
 #include "common/packed.h"
@@ -25,13 +26,26 @@
 
 namespace ktcore::KTCORE_ISA {
 
+template <class Codec>
+static constexpr Encoding encoding_of() {
+  if constexpr (std::is_same_v<Codec, Int16Codec<Simd>>) return Encoding::int16;
+  if constexpr (std::is_same_v<Codec, FloatCodec<Simd>>) return Encoding::f32;
+  return Encoding::bf16;
+}
+
+template <class Format>
+static constexpr auto gate_up_into_bf16() -> void (*)(const MoeJob&, ThreadPool&) {
+  if constexpr (Simd::kBf16Dot) return gate_up<Simd, Format, Bf16Codec<Simd>>;
+  return nullptr;
+}
+
 template <class Format>
 static constexpr FormatKernels kernels_of() {
-  constexpr bool kInt16 = std::is_same_v<typename Format::Codec, Int16Codec<Simd>>;
-  return {{gate_up<Simd, Format, Int16Codec<Simd>>, gate_up<Simd, Format, Bf16Codec<Simd>>},
+  return {{gate_up<Simd, Format, Int16Codec<Simd>>, gate_up<Simd, Format, FloatCodec<Simd>>,
+           gate_up_into_bf16<Format>()},
           down<Simd, Format>,
           linear<Simd, Format>,
-          kInt16 ? Encoding::int16 : Encoding::bf16,
+          encoding_of<typename Format::Codec>(),
           Format::kMaxRows,
           Format::kPlanes,
           Format::kExactPlanes,
@@ -42,9 +56,16 @@ extern const KernelTable table;
 // In the order of WeightFormat.
 const KernelTable table = {
     KTCORE_STRING(KTCORE_ISA),
-    {kernels_of<Bf16<Simd>>(), kernels_of<Int8Channel<Simd>>(), kernels_of<Int4Group32<Simd>>(),
-     kernels_of<Coded<Simd, true, 1>>(), kernels_of<Coded<Simd, true, 2>>(),
-     kernels_of<Coded<Simd, false, 1>>(), kernels_of<Coded<Simd, false, 2>>()},
+    {kernels_of<Bf16<Simd>>(), kernels_of<Floats<Simd, FromF16<Simd>>>(),
+     kernels_of<Floats<Simd, FromF32<Simd>>>(), kernels_of<Floats<Simd, FromF8<Simd>>>(),
+     kernels_of<Int8Channel<Simd>>(), kernels_of<Coded<Simd, 2, false, 1>>(),
+     kernels_of<Coded<Simd, 2, false, 2>>(), kernels_of<Coded<Simd, 3, false, 1>>(),
+     kernels_of<Coded<Simd, 3, false, 2>>(), kernels_of<Coded<Simd, 4, false, 1>>(),
+     kernels_of<Coded<Simd, 4, false, 2>>(), kernels_of<Coded<Simd, 5, false, 1>>(),
+     kernels_of<Coded<Simd, 5, false, 2>>(), kernels_of<Coded<Simd, 6, false, 1>>(),
+     kernels_of<Coded<Simd, 6, false, 2>>(), kernels_of<Coded<Simd, 8, false, 1>>(),
+     kernels_of<Coded<Simd, 8, false, 2>>(), kernels_of<Coded<Simd, 4, true, 1>>(),
+     kernels_of<Coded<Simd, 4, true, 2>>()},
     route<Simd>,
     dequantize<Simd>,
     quantize<Simd>,

@@ -118,9 +118,11 @@ class GroupedInteger(Format):
         """
         grouped = self.unpack(parts, shape)
         half = 1 << (self.code_bits - 1)
-        offsets = None
-        if grouped.zeros is not None:
-            offsets = (half - grouped.zeros) * grouped.scales.to(torch.float32)
+        scales, offsets, inner_offsets = grouped.scales.to(torch.float32), None, None
+        if grouped.zeros is not None and self._zeros_are_bytes:
+            inner_offsets = (half - grouped.zeros).to(torch.int8)
+        elif grouped.zeros is not None:
+            offsets = (half - grouped.zeros) * scales
         q, columns, size = grouped.codes, None, self._size(shape[-1])
         if grouped.g_idx is not None:
             columns = grouped.g_idx.sort(dim=-1, stable=True).indices
@@ -134,11 +136,21 @@ class GroupedInteger(Format):
         return Codes(
             codes=q,
             levels=torch.arange(-half, half, dtype=torch.int16).to(torch.int8),
-            scales=grouped.scales.to(torch.float32),
+            scales=scales,
             offsets=offsets,
             group_size=size,
+            scale_size=size,
+            inner_offsets=inner_offsets,
             columns=columns,
         )
+
+    @property
+    def _zeros_are_bytes(self) -> bool:
+        """Whether half of the range less any zero point is a signed byte."""
+        return self.code_bits < 8
+
+    def exact_scale_dtype(self) -> torch.dtype | None:
+        return self.scale_dtype if self.symmetric or self._zeros_are_bytes else None
 
     # ------------------------------------------------------------------------------- encoding
 

@@ -17,18 +17,24 @@ Parts = dict[str, Tensor]
 class Codes:
     """A weight [..., O, I] as small integers: what integer kernels pack, whatever the file.
 
-    With g = i // group_size, exactly::
+    With g = i // group_size and s = i // scale_size, exactly::
 
-        value[..., i] = scales[..., g] * levels[codes[..., i]] + offsets[..., g]
+        value[..., i] = scale * levels[codes[..., i]] + offset
+            scale = scales[..., s] * inner_scales[..., g]
+            offset = offsets[..., s] * inner_offsets[..., g]
 
-    Scales and offsets are float32, which the products of the stored numbers fit without rounding.
+    where an inner factor that is None is left out, and so is the offset where both are. With
+    `inner_offsets` alone, scales take the place of offsets: that is what zero points are.
 
     Attributes:
         codes: uint8 [..., O, I].
         levels: int8 [number of codes], the integer that each code stands for.
-        scales: float32 [..., O, ceil(I / group_size)].
-        offsets: the same shape, or None where they are all zero.
-        group_size: how many neighbouring weights of a row share a scale; I for one scale a row.
+        scales: float32 [..., O, ceil(I / scale_size)].
+        offsets: float32, the same shape, or None.
+        group_size: how many neighbouring weights of a row share the inner factors.
+        scale_size: how many share a scale and an offset, a multiple of group_size; I for one a row.
+        inner_scales: int8 [..., O, ceil(I / group_size)], or None.
+        inner_offsets: likewise.
         columns: int64 [I] or None. Where given, column i above is column columns[i] of the weight:
             formats whose groups are not neighbours (GPTQ's act-order) sort them so.
     """
@@ -38,7 +44,43 @@ class Codes:
     scales: Tensor
     offsets: Tensor | None
     group_size: int
+    scale_size: int
+    inner_scales: Tensor | None = None
+    inner_offsets: Tensor | None = None
     columns: Tensor | None = None
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Scales and offsets of every group, [..., O, ceil(I / group_size)]."""
+        count = -(-self.codes.shape[-1] // self.group_size)
+
+        def spread(outer: Tensor) -> Tensor:
+            times = self.scale_size // self.group_size
+            return outer.to(dtype).repeat_interleave(times, -1)[..., :count]
+
+        scales = spread(self.scales)
+        offsets = None if self.offsets is None else spread(self.offsets)
+        if self.inner_offsets is not None:
+            offsets = (scales if offsets is None else offsets) * self.inner_offsets
+        if self.inner_scales is not None:
+            scales = scales * self.inner_scales
+        return scales, offsets
+
+
+@dataclass(frozen=True)
+class Floats:
+    """A weight [..., O, I] as floating-point numbers: what other kernels pack.
+
+    value[..., i] = data[..., i] * scales[..., i // scale_size], exactly.
+
+    Attributes:
+        data: [..., O, I], of a floating-point type.
+        scales: float32 [..., O, ceil(I / scale_size)], or None for none.
+        scale_size: how many neighbouring weights of a row share a scale; I for one a row.
+    """
+
+    data: Tensor
+    scales: Tensor | None = None
+    scale_size: int = 0
 
 
 class Format(abc.ABC):
@@ -85,6 +127,16 @@ class Format(abc.ABC):
 
     def codes(self, parts: Parts, shape: Shape) -> Codes | None:
         """The weight as small integers, None for a format that does not store such."""
+        return None
+
+    def floats(self, parts: Parts, shape: Shape) -> Floats | None:
+        """The weight as floating-point numbers, None for a format that does not store such."""
+        return None
+
+    def exact_scale_dtype(self) -> torch.dtype | None:
+        """The smallest type that holds the scales and offsets of `codes` or `floats` without loss,
+        whatever the weight; None if that depends on the weight.
+        """
         return None
 
     def example(self, shape: Shape, generator: torch.Generator) -> Parts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ktcore.formats.base import Format, Parts, Shape
+from ktcore.formats.base import Floats, Format, Parts, Shape
 
 
 class Plain(Format):
@@ -36,6 +36,9 @@ class Plain(Format):
 
     def dequantize(self, parts: Parts, shape: Shape, dtype: torch.dtype = torch.float32) -> Tensor:
         return parts["data"].to(dtype)
+
+    def floats(self, parts: Parts, shape: Shape) -> Floats:
+        return Floats(parts["data"])
 
 
 FORMATS = [

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ktcore.formats._packing import ceil_div, wide
-from ktcore.formats.base import Format, Parts, Shape
+from ktcore.formats.base import Floats, Format, Parts, Shape
 
 LARGEST = 448.0
 # Weights that are all below this are stored as zeros: dividing by their scale would leave the range
@@ -60,6 +60,9 @@ class Fp8Channel(Format):
         w = wide(dtype)
         return (parts["data"].to(w) * parts["scales"].to(w)[..., None]).to(dtype)
 
+    def floats(self, parts: Parts, shape: Shape) -> Floats:
+        return Floats(parts["data"], parts["scales"][..., None], max(1, shape[-1]))
+
 
 class Fp8Block(Format):
     """e4m3 with one scale per block of rows and columns, as DeepSeek-V3 is published (arXiv
@@ -84,8 +87,11 @@ class Fp8Block(Format):
         blocks = (*lead, ceil_div(rows, self.rows), ceil_div(columns, self.group_size))
         return {"data": (shape, torch.float8_e4m3fn), "scales": (blocks, torch.float32)}
 
+    def _of_rows(self, scales: Tensor, shape: Shape) -> Tensor:
+        return scales.repeat_interleave(self.rows, -2)[..., : shape[-2], :]
+
     def _spread(self, scales: Tensor, shape: Shape) -> Tensor:
-        scales = scales.repeat_interleave(self.rows, -2)[..., : shape[-2], :]
+        scales = self._of_rows(scales, shape)
         return scales.repeat_interleave(self.group_size, -1)[..., : shape[-1]]
 
     def quantize(self, weight: Tensor) -> Parts:
@@ -101,6 +107,9 @@ class Fp8Block(Format):
     def dequantize(self, parts: Parts, shape: Shape, dtype: torch.dtype = torch.float32) -> Tensor:
         w = wide(dtype)
         return (parts["data"].to(w) * self._spread(parts["scales"].to(w), shape)).to(dtype)
+
+    def floats(self, parts: Parts, shape: Shape) -> Floats:
+        return Floats(parts["data"], self._of_rows(parts["scales"], shape), self.group_size)
 
 
 _known = functools.cache(Fp8Block)

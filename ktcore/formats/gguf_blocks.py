@@ -8,6 +8,7 @@ gguf-py reads them; the tests hold every type against the latter.
 from __future__ import annotations
 
 import abc
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,21 +18,50 @@ from ktcore.formats.base import Codes, Format, Parts, Shape
 # Blocks quantised at a time: bounds the memory of the searches for scales.
 CHUNK_WEIGHTS = 1 << 20
 
-# codes uint8 [N, block_size], scales float32 [N, block_size / group_size], offsets likewise or None
-Unpacked = tuple[Tensor, Tensor, "Tensor | None"]
+
+@dataclass(frozen=True)
+class Unpacked:
+    """What N blocks hold, as in `Codes`.
+
+    Attributes:
+        codes: uint8 [N, block_size].
+        scales: float32 [N, 1].
+        inner_scales: [N, block_size / group_size], small integers, or None.
+        offsets: float32 [N, 1], or None.
+        inner_offsets: as inner_scales.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    inner_scales: Tensor | None = None
+    offsets: Tensor | None = None
+    inner_offsets: Tensor | None = None
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Scales and offsets of every group, [N, block_size / group_size] or [N, 1]."""
+        scales = self.scales.to(dtype)
+        if self.inner_scales is not None:
+            scales = scales * self.inner_scales
+        offsets = self.offsets
+        if offsets is not None:
+            offsets = offsets.to(dtype)
+            if self.inner_offsets is not None:
+                offsets = offsets * self.inner_offsets
+        return scales, offsets
 
 
 class BlockFormat(Format):
     """A GGUF block type. Parts: data uint8 [..., O, I / block_size * type_size].
 
     A type says how a block is taken apart (`unpack`) and, where users quantise to it, put together
-    (`pack`). All arithmetic is here: value = scales * levels[codes] + offsets. A scale is a float16
+    (`pack`). All arithmetic is here: value = scale * levels[codes] + offset. A scale is a float16
     times a small integer and a level a small integer, so their product has at most 24 bits and
     float32 rounds once, where an offset is added.
 
     Attributes:
         type_size: bytes of a block.
         levels: the integer that each code stands for.
+        scale_dtype: what the scales and offsets of a block fit without loss.
         halves: where a block has float16 scales and offsets: byte offset, and about how large that
             number is relative to the first for values that are centred. For `example`.
     """
@@ -39,6 +69,7 @@ class BlockFormat(Format):
     type_size: int
     group_size: int
     levels: tuple[int, ...]
+    scale_dtype = torch.float16
     halves: tuple[tuple[int, float], ...]
     arithmetic = "int16"
     tolerance = 0.008
@@ -49,7 +80,7 @@ class BlockFormat(Format):
 
     @abc.abstractmethod
     def unpack(self, blocks: Tensor) -> Unpacked:
-        """Codes, scales and offsets of blocks uint8 [N, type_size]."""
+        """What blocks uint8 [N, type_size] hold."""
 
     def pack(self, x: Tensor) -> Tensor:
         """The blocks uint8 [N, type_size] nearest to x float32 [N, block_size], all finite."""
@@ -94,24 +125,38 @@ class BlockFormat(Format):
 
     def dequantize(self, parts: Parts, shape: Shape, dtype: torch.dtype = torch.float32) -> Tensor:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        codes, scales, offsets = self._unpack(parts)
-        levels = torch.tensor(self.levels, dtype=wide, device=codes.device)
-        values = look_up(levels, codes.to(torch.int32)).unflatten(-1, (-1, self.group_size))
-        values *= scales.to(wide)[..., None]
+        unpacked = self._unpack(parts)
+        levels = torch.tensor(self.levels, dtype=wide, device=unpacked.codes.device)
+        values = look_up(levels, unpacked.codes.to(torch.int32))
+        values = values.unflatten(-1, (-1, self.group_size))
+        scales, offsets = unpacked.factors(wide)
+        values *= scales[..., None]
         if offsets is not None:
-            values += offsets.to(wide)[..., None]
+            values += offsets[..., None]
         return values.reshape(shape).to(dtype)
 
     def codes(self, parts: Parts, shape: Shape) -> Codes:
-        codes, scales, offsets = self._unpack(parts)
-        groups = (*shape[:-1], shape[-1] // self.group_size)
+        unpacked = self._unpack(parts)
+
+        def of_rows(values: Tensor | None, size: int) -> Tensor | None:
+            return None if values is None else values.reshape(*shape[:-1], shape[-1] // size)
+
+        def inner(values: Tensor | None) -> Tensor | None:
+            return None if values is None else of_rows(values.to(torch.int8), self.group_size)
+
         return Codes(
-            codes=codes.reshape(shape),
-            levels=torch.tensor(self.levels, dtype=torch.int8, device=codes.device),
-            scales=scales.reshape(groups),
-            offsets=None if offsets is None else offsets.reshape(groups),
+            codes=unpacked.codes.reshape(shape),
+            levels=torch.tensor(self.levels, dtype=torch.int8, device=unpacked.codes.device),
+            scales=of_rows(unpacked.scales, self.block_size),
+            offsets=of_rows(unpacked.offsets, self.block_size),
             group_size=self.group_size,
+            scale_size=self.block_size,
+            inner_scales=inner(unpacked.inner_scales),
+            inner_offsets=inner(unpacked.inner_offsets),
         )
+
+    def exact_scale_dtype(self) -> torch.dtype:
+        return self.scale_dtype
 
     def _unpack(self, parts: Parts) -> Unpacked:
         return self.unpack(parts["data"].reshape(-1, self.type_size))

@@ -29,6 +29,7 @@ from ktcore.formats.gguf_search import Levels, nested_symmetric, symmetric
 
 class _Codebook(BlockFormat):
     block_size = 256
+    scale_dtype = torch.float32  # an eighth of a float16 may be too small for one
     magnitudes: tuple[int, ...]
     halves = ((0, 1.0),)
 
@@ -67,7 +68,7 @@ class IQ2_XXS(_Codebook):
         groups = blocks[:, 2:].unflatten(-1, (8, 8))
         negative, scales = _seven(words(groups[..., 4:].flatten(1), 4))
         codes = self.signed(grid("iq2_xxs", groups[..., :4]), negative)
-        return codes, half(blocks, 0) * ((2 * scales + 1) / 8), None
+        return Unpacked(codes, half(blocks, 0) / 8, 2 * scales + 1)
 
 
 class IQ2_XS(_Codebook):
@@ -81,8 +82,7 @@ class IQ2_XS(_Codebook):
     def unpack(self, blocks: Tensor) -> Unpacked:
         entries = words(blocks[:, 2:66], 2)
         codes = self.signed(grid("iq2_xs", entries & 511), signs_of_seven(entries >> 9).flatten(1))
-        scales = fields(blocks[:, 66:], 4, 1).to(torch.float32)
-        return codes, half(blocks, 0) * ((2 * scales + 1) / 8), None
+        return Unpacked(codes, half(blocks, 0) / 8, 2 * fields(blocks[:, 66:], 4, 1) + 1)
 
 
 class IQ2_S(_Codebook):
@@ -96,8 +96,7 @@ class IQ2_S(_Codebook):
     def unpack(self, blocks: Tensor) -> Unpacked:
         entries = _wider(blocks[:, 2:34], fields(blocks[:, 66:74], 2, 1))
         codes = self.signed(grid("iq2_s", entries), fields(blocks[:, 34:66], 1, 1))
-        scales = fields(blocks[:, 74:], 4, 1).to(torch.float32)
-        return codes, half(blocks, 0) * ((2 * scales + 1) / 8), None
+        return Unpacked(codes, half(blocks, 0) / 8, 2 * fields(blocks[:, 74:], 4, 1) + 1)
 
 
 class IQ3_XXS(_Codebook):
@@ -111,7 +110,7 @@ class IQ3_XXS(_Codebook):
     def unpack(self, blocks: Tensor) -> Unpacked:
         negative, scales = _seven(words(blocks[:, 66:], 4))
         codes = self.signed(grid("iq3_xxs", blocks[:, 2:66]), negative)
-        return codes, half(blocks, 0) * ((2 * scales + 1) / 4), None
+        return Unpacked(codes, half(blocks, 0) / 4, 2 * scales + 1)
 
 
 class IQ3_S(_Codebook):
@@ -125,8 +124,7 @@ class IQ3_S(_Codebook):
     def unpack(self, blocks: Tensor) -> Unpacked:
         entries = _wider(blocks[:, 2:66], fields(blocks[:, 66:74], 1, 1))
         codes = self.signed(grid("iq3_s", entries), fields(blocks[:, 74:106], 1, 1))
-        scales = fields(blocks[:, 106:], 4, 1).to(torch.float32)
-        return codes, half(blocks, 0) * (2 * scales + 1), None
+        return Unpacked(codes, half(blocks, 0), 2 * fields(blocks[:, 106:], 4, 1) + 1)
 
 
 class IQ1_S(_Codebook):
@@ -150,7 +148,7 @@ class IQ1_S(_Codebook):
         entries = _wider(blocks[:, 2:34], ((high[..., None] >> at) & 7).flatten(1))
         negative = (high >> 15).to(torch.uint8).repeat_interleave(32, -1)
         scales = 2 * (high >> 12 & 7) + 1
-        return self.signed(grid("iq1_s", entries), negative), half(blocks, 0) * (scales / 8), None
+        return Unpacked(self.signed(grid("iq1_s", entries), negative), half(blocks, 0) / 8, scales)
 
 
 class IQ1_M(IQ1_S):
@@ -174,7 +172,7 @@ class IQ1_M(IQ1_S):
         at = torch.arange(0, 16, 4, device=blocks.device)
         bits = (packed >> 12 << at).sum(-1, keepdim=True)
         d = half(torch.cat([bits & 255, bits >> 8], -1).to(torch.uint8), 0)
-        return self.signed(grid("iq1_s", entries), negative), d * (scales / 8), None
+        return Unpacked(self.signed(grid("iq1_s", entries), negative), d / 8, scales)
 
     def set_scales(self, blocks: Tensor, size: Tensor, generator: torch.Generator) -> None:
         """Values are about 7 d: scales 2s + 1 are about 8 and t + delta is 0.8."""
@@ -203,7 +201,7 @@ class IQ4_NL(BlockFormat):
     halves = ((0, 1.0),)
 
     def unpack(self, blocks: Tensor) -> Unpacked:
-        return fields(blocks[:, 2:], 4, 16), half(blocks, 0), None
+        return Unpacked(fields(blocks[:, 2:], 4, 16), half(blocks, 0))
 
     def pack(self, x: Tensor) -> Tensor:
         levels = Levels(self.levels)
@@ -224,8 +222,8 @@ class IQ4_XS(BlockFormat):
 
     def unpack(self, blocks: Tensor) -> Unpacked:
         scales = fields(blocks[:, 4:8], 4, 1) | fields(blocks[:, 2:4], 2, 1) << 4
-        d = half(blocks, 0) * (scales.to(torch.float32) - 32)
-        return fields(blocks[:, 8:], 4, 16), d, None
+        codes = fields(blocks[:, 8:], 4, 16)
+        return Unpacked(codes, half(blocks, 0), scales.to(torch.int8) - 32)
 
     def pack(self, x: Tensor) -> Tensor:
         d, scales, q = nested_symmetric(

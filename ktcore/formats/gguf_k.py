@@ -32,9 +32,9 @@ class Q2_K(_K):
     halves = ((80, 1.0), (82, 1.5))
 
     def unpack(self, blocks: Tensor) -> Unpacked:
-        scales = half(blocks, 80) * (blocks[:, :16] & 15)
-        offsets = -(half(blocks, 82) * (blocks[:, :16] >> 4))
-        return fields(blocks[:, 16:80], 2, 32), scales, offsets
+        scales, mins = blocks[:, :16] & 15, blocks[:, :16] >> 4
+        codes = fields(blocks[:, 16:80], 2, 32)
+        return Unpacked(codes, half(blocks, 80), scales, -half(blocks, 82), mins)
 
     def pack(self, x: Tensor) -> Tensor:
         steps = [-0.5 + 0.1 * step for step in range(16)]
@@ -55,7 +55,7 @@ class Q3_K(_K):
     def unpack(self, blocks: Tensor) -> Unpacked:
         codes = fields(blocks[:, 32:96], 2, 32) | fields(blocks[:, :32], 1, 32) << 2
         scales = fields(blocks[:, 96:104], 4, 8) | fields(blocks[:, 104:108], 2, 4) << 4
-        return codes, half(blocks, 108) * (scales.to(torch.float32) - 32), None
+        return Unpacked(codes, half(blocks, 108), scales.to(torch.int8) - 32)
 
     def pack(self, x: Tensor) -> Tensor:
         targets = [-4 + 0.1 * step for step in range(-14, 10)]
@@ -94,9 +94,9 @@ class _Affine(_K):
 
     group_size = 32
 
-    def scales(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    def unpacked(self, codes: Tensor, blocks: Tensor) -> Unpacked:
         scales, mins = _scales_and_mins(blocks[:, 4:16])
-        return half(blocks, 0) * scales, -(half(blocks, 2) * mins)
+        return Unpacked(codes, half(blocks, 0), scales, -half(blocks, 2), mins)
 
     def search(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The first 16 bytes of the blocks, and the codes [N, 256]."""
@@ -117,7 +117,7 @@ class Q4_K(_Affine):
     halves = ((0, 1.0), (2, 7.5))
 
     def unpack(self, blocks: Tensor) -> Unpacked:
-        return fields(blocks[:, 16:], 4, 32), *self.scales(blocks)
+        return self.unpacked(fields(blocks[:, 16:], 4, 32), blocks)
 
     def pack(self, x: Tensor) -> Tensor:
         head, q = self.search(x)
@@ -134,7 +134,7 @@ class Q5_K(_Affine):
 
     def unpack(self, blocks: Tensor) -> Unpacked:
         codes = fields(blocks[:, 48:], 4, 32) | fields(blocks[:, 16:48], 1, 32) << 4
-        return codes, *self.scales(blocks)
+        return self.unpacked(codes, blocks)
 
     def pack(self, x: Tensor) -> Tensor:
         head, q = self.search(x)
@@ -152,8 +152,7 @@ class Q6_K(_K):
 
     def unpack(self, blocks: Tensor) -> Unpacked:
         codes = fields(blocks[:, :128], 4, 64) | fields(blocks[:, 128:192], 2, 32) << 4
-        scales = blocks[:, 192:208].view(torch.int8)
-        return codes, half(blocks, 208) * scales, None
+        return Unpacked(codes, half(blocks, 208), blocks[:, 192:208].view(torch.int8))
 
     def pack(self, x: Tensor) -> Tensor:
         targets = [-32 + 0.1 * step for step in range(-9, 10)]

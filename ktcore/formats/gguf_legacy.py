@@ -47,7 +47,7 @@ class Q4_0(_Legacy):
     levels = tuple(range(-8, 8))
 
     def unpack(self, blocks: Tensor) -> Unpacked:
-        return self.codes_at(blocks, 2), half(blocks, 0), None
+        return Unpacked(self.codes_at(blocks, 2), half(blocks, 0))
 
     def pack(self, x: Tensor) -> Tensor:
         levels = Levels(self.levels)
@@ -65,7 +65,7 @@ class Q4_1(_Legacy):
     halves = ((0, 1.0), (2, -7.5))
 
     def unpack(self, blocks: Tensor) -> Unpacked:
-        return self.codes_at(blocks, 4), half(blocks, 0), half(blocks, 2)
+        return Unpacked(self.codes_at(blocks, 4), half(blocks, 0), offsets=half(blocks, 2))
 
     def pack(self, x: Tensor) -> Tensor:
         d, m = affine(x, 15, positive_offset=True, steps=_AFFINE)
@@ -81,7 +81,7 @@ class Q5_0(_Legacy):
     levels = tuple(range(-16, 16))
 
     def unpack(self, blocks: Tensor) -> Unpacked:
-        return self.codes_at(blocks, 6, high=2), half(blocks, 0), None
+        return Unpacked(self.codes_at(blocks, 6, high=2), half(blocks, 0))
 
     def pack(self, x: Tensor) -> Tensor:
         levels = Levels(self.levels)
@@ -99,7 +99,8 @@ class Q5_1(_Legacy):
     halves = ((0, 1.0), (2, -15.5))
 
     def unpack(self, blocks: Tensor) -> Unpacked:
-        return self.codes_at(blocks, 8, high=4), half(blocks, 0), half(blocks, 2)
+        codes = self.codes_at(blocks, 8, high=4)
+        return Unpacked(codes, half(blocks, 0), offsets=half(blocks, 2))
 
     def pack(self, x: Tensor) -> Tensor:
         d, m = affine(x, 31, positive_offset=True, steps=_AFFINE)
@@ -116,7 +117,7 @@ class Q8_0(_Legacy):
     levels = tuple(range(-128, 128))
 
     def unpack(self, blocks: Tensor) -> Unpacked:
-        return blocks[:, 2:] ^ 128, half(blocks, 0), None
+        return Unpacked(blocks[:, 2:] ^ 128, half(blocks, 0))
 
     def pack(self, x: Tensor) -> Tensor:
         levels = Levels(range(-127, 128))
@@ -135,10 +136,11 @@ class MXFP4(_Legacy):
     name = "gguf_mxfp4"
     type_size = 17
     levels = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+    scale_dtype = torch.bfloat16
     halves = ()
 
     def unpack(self, blocks: Tensor) -> Unpacked:
-        return self.codes_at(blocks, 1), self._power(blocks[:, :1]), None
+        return Unpacked(self.codes_at(blocks, 1), self._power(blocks[:, :1]))
 
     @staticmethod
     def _power(e: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ class TQ1_0(_Ternary):
             powers = torch.tensor([3**n for n in range(digits)], device=blocks.device)
             shifted = blocks[:, None, at : at + size].to(torch.int64) * powers[:, None] & 255
             codes.append((shifted * 3 >> 8).flatten(1).to(torch.uint8))
-        return torch.cat(codes, -1), half(blocks, 52), None
+        return Unpacked(torch.cat(codes, -1), half(blocks, 52))
 
     def pack(self, x: Tensor) -> Tensor:
         d, q = self.search(x)
@@ -74,7 +74,7 @@ class TQ2_0(_Ternary):
     halves = ((64, 1.0),)
 
     def unpack(self, blocks: Tensor) -> Unpacked:
-        return fields(blocks[:, :64], 2, 32), half(blocks, 64), None
+        return Unpacked(fields(blocks[:, :64], 2, 32), half(blocks, 64))
 
     def pack(self, x: Tensor) -> Tensor:
         d, q = self.search(x)

@@ -54,7 +54,8 @@ class Int8Channel(Format):
             levels=torch.arange(-128, 128, dtype=torch.int8),
             scales=parts["scales"][..., None],
             offsets=None,
-            group_size=shape[-1],
+            group_size=max(1, shape[-1]),
+            scale_size=max(1, shape[-1]),
         )
 
 
@@ -133,7 +134,11 @@ class Int4Group32(Format):
             scales=parts["scales"].to(torch.float32),
             offsets=None,
             group_size=self.group_size,
+            scale_size=self.group_size,
         )
+
+    def exact_scale_dtype(self) -> torch.dtype:
+        return torch.bfloat16
 
 
 FORMATS = [Int8Channel(), Int4Group32()]

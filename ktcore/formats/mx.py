@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ktcore.formats._packing import ceil_div, groups, spread, wide
-from ktcore.formats.base import Codes, Format, Parts, Shape
+from ktcore.formats.base import Codes, Floats, Format, Parts, Shape
 from ktcore.formats.fp8 import SMALLEST, reciprocal, to_e4m3
 
 E8M0_NAN = 255
@@ -124,7 +124,11 @@ class MxFp4(Format):
             scales=(e8m0(parts["scales"], torch.float64) / 2).to(torch.float32),
             offsets=None,
             group_size=32,
+            scale_size=32,
         )
+
+    def exact_scale_dtype(self) -> torch.dtype:
+        return torch.bfloat16
 
 
 class MxFp8(Format):
@@ -153,6 +157,12 @@ class MxFp8(Format):
     def dequantize(self, parts: Parts, shape: Shape, dtype: torch.dtype = torch.float32) -> Tensor:
         scales = spread(e8m0(parts["scales"], torch.float64), 32, shape[-1])
         return (parts["data"].to(torch.float64) * scales).to(wide(dtype)).to(dtype)
+
+    def floats(self, parts: Parts, shape: Shape) -> Floats:
+        return Floats(parts["data"], e8m0(parts["scales"], torch.float32), 32)
+
+    def exact_scale_dtype(self) -> torch.dtype:
+        return torch.bfloat16
 
 
 class NvFp4(Format):
@@ -236,6 +246,7 @@ class NvFp4(Format):
             scales=scales.to(torch.float32),
             offsets=None,
             group_size=16,
+            scale_size=16,
         )
 
 
