@@ -5,9 +5,11 @@
 
 #include <string>
 
+#include "common/checksum.h"
 #include "common/cpu_features.h"
 #include "common/engine.h"
 #include "common/isa.h"
+#include "common/numa.h"
 #include "common/thread_pool.h"
 
 namespace py = pybind11;
@@ -20,9 +22,10 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+constexpr const char* kNames[kWeightFormats] = {"bf16",        "int8",  "int4_g32", "nibbles",
+                                                "nibbles_g16", "bytes", "bytes_g16"};
+
 WeightFormat format_of(const std::string& name) {
-  static constexpr const char* kNames[kWeightFormats] = {
-      "bf16", "int8", "int4_g32", "nibbles", "nibbles_g16", "bytes", "bytes_g16"};
   for (int i = 0; i < kWeightFormats; ++i) {
     if (name == kNames[i]) return static_cast<WeightFormat>(i);
   }
@@ -84,6 +87,34 @@ StoredMatrix stored_matrix(const WeightLayout& layout, uintptr_t data, uintptr_t
   return out;
 }
 
+// Contiguous bytes of a Python object, which it keeps alive.
+Buffer memory_of(const py::buffer& object) {
+  auto view = std::make_shared<py::buffer_info>(object.request());
+  if (view->ndim != 1 || view->itemsize != 1 || (view->size > 0 && view->strides[0] != 1)) {
+    throw std::invalid_argument("memory: expected contiguous bytes");
+  }
+  const auto* data = static_cast<const uint8_t*>(view->ptr);
+  const auto bytes = static_cast<size_t>(view->size);
+  return Buffer(data, bytes, std::move(view));
+}
+
+// What both kinds of packed weights offer of their memory.
+template <class Packed>
+void def_memory(py::class_<Packed>& c) {
+  c.def_property_readonly("nbytes", [](const Packed& self) { return self.buffer.size(); })
+      .def(
+          "lock",
+          [](const Packed& self) {
+            py::gil_scoped_release release;
+            return self.buffer.lock();
+          },
+          "Has the system keep the weights in memory. Empty, or why it refuses.")
+      .def_buffer([](Packed& self) {
+        return py::buffer_info(self.buffer.data(), static_cast<py::ssize_t>(self.buffer.size()),
+                               /*readonly=*/true);
+      });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -127,6 +158,19 @@ PYBIND11_MODULE(_C, m) {
   m.def("get_num_threads", &default_pool_size);
   m.def("set_prefetch_bytes", &set_prefetch_bytes);
   m.def("get_prefetch_bytes", &prefetch_bytes);
+  m.def("allowed_nodes", &allowed_nodes, "NUMA nodes whose memory this process may use.");
+  m.def("set_memory_nodes", &set_memory_nodes);
+  m.def("get_memory_nodes", &memory_nodes, "NUMA nodes over which packed weights are spread.");
+  m.attr("sources") = KTCORE_SOURCES;  // a digest of csrc/
+
+  m.def(
+      "checksum",
+      [](const py::buffer& object) {
+        const Buffer memory = memory_of(object);
+        py::gil_scoped_release release;
+        return checksum(memory.data(), memory.size());
+      },
+      py::arg("memory"), "A fast checksum of bytes, on all threads: see checksum.h.");
 
   m.def(
       "measure_read_bandwidth",
@@ -163,13 +207,33 @@ PYBIND11_MODULE(_C, m) {
              return layout;
            }),
            py::arg("format"), py::arg("scale_type") = 0, py::arg("offsets") = false,
-           py::arg("levels") = std::vector<int>{});
+           py::arg("levels") = std::vector<int>{})
+      .def(
+          "describe",
+          [](const WeightLayout& self) {
+            py::dict out;
+            out["format"] = kNames[static_cast<int>(self.format)];
+            out["scale_type"] = static_cast<int>(self.scale_type);
+            out["offsets"] = self.offsets;
+            out["levels"] = std::vector<int>(std::begin(self.levels), std::end(self.levels));
+            return out;
+          },
+          "The arguments that make this layout again, as plain data.")
+      .def("__eq__", [](const WeightLayout& a, const WeightLayout& b) { return a == b; });
 
-  py::class_<PackedMatrix>(m, "PackedMatrix")
+  py::class_<PackedMatrix> packed_matrix(m, "PackedMatrix", py::buffer_protocol());
+  def_memory(packed_matrix);
+  packed_matrix
       .def(py::init([](const WeightLayout& layout, int64_t rows, int64_t cols) {
         need_positive("rows", rows);
         need_positive("cols", cols);
         return new PackedMatrix(layout, rows, cols);
+      }))
+      .def(py::init([](const WeightLayout& layout, int64_t rows, int64_t cols,
+                       const py::buffer& memory) {
+        need_positive("rows", rows);
+        need_positive("cols", cols);
+        return new PackedMatrix(layout, rows, cols, memory_of(memory));
       }))
       .def(
           "pack",
@@ -181,17 +245,26 @@ PYBIND11_MODULE(_C, m) {
             self.pack(stored);
           },
           py::arg("data"), py::arg("scales"), py::arg("offsets") = 0, py::arg("group_size") = 0)
+      .def_readonly("layout", &PackedMatrix::layout)
       .def_readonly("rows", &PackedMatrix::rows)
-      .def_readonly("cols", &PackedMatrix::cols)
-      .def_property_readonly("nbytes", [](const PackedMatrix& self) { return self.buffer.size(); });
+      .def_readonly("cols", &PackedMatrix::cols);
 
-  py::class_<PackedExperts>(m, "PackedExperts")
+  py::class_<PackedExperts> packed_experts(m, "PackedExperts", py::buffer_protocol());
+  def_memory(packed_experts);
+  packed_experts
       .def(py::init([](const WeightLayout& gate_up, const WeightLayout& down, int64_t e, int64_t h,
                        int64_t i) {
         need_positive("num_experts", e);
         need_positive("hidden_size", h);
         need_positive("intermediate_size", i);
         return new PackedExperts(gate_up, down, e, h, i);
+      }))
+      .def(py::init([](const WeightLayout& gate_up, const WeightLayout& down, int64_t e, int64_t h,
+                       int64_t i, const py::buffer& memory) {
+        need_positive("num_experts", e);
+        need_positive("hidden_size", h);
+        need_positive("intermediate_size", i);
+        return new PackedExperts(gate_up, down, e, h, i, memory_of(memory));
       }))
       .def(
           "pack",
@@ -216,11 +289,11 @@ PYBIND11_MODULE(_C, m) {
           },
           py::arg("expert"), py::arg("projection"), py::arg("data"), py::arg("scales"),
           py::arg("offsets") = 0, py::arg("group_size") = 0)
+      .def_readonly("gate_up_layout", &PackedExperts::gate_up_layout)
+      .def_readonly("down_layout", &PackedExperts::down_layout)
       .def_readonly("num_experts", &PackedExperts::num_experts)
       .def_readonly("hidden_size", &PackedExperts::hidden_size)
-      .def_readonly("intermediate_size", &PackedExperts::intermediate_size)
-      .def_property_readonly("nbytes",
-                             [](const PackedExperts& self) { return self.buffer.size(); });
+      .def_readonly("intermediate_size", &PackedExperts::intermediate_size);
 
   m.def("moe", [](const std::string& isa, const PackedExperts& experts, uintptr_t x, int dtype,
                   int64_t tokens, int64_t x_stride, uintptr_t ids, uintptr_t weights, int64_t top_k,

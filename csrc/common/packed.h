@@ -39,6 +39,7 @@ struct WeightLayout {
   bool offsets = false;
   int8_t levels[16] = {};
 
+  bool operator==(const WeightLayout&) const = default;
   bool coded() const { return format >= WeightFormat::nibbles; }
   bool has_nibbles() const {
     return format == WeightFormat::nibbles || format == WeightFormat::nibbles_g16;
@@ -82,6 +83,8 @@ struct StoredMatrix {
 class PackedMatrix {
  public:
   PackedMatrix(const WeightLayout& layout, int64_t rows, int64_t cols);
+  // Packed before, in memory of somebody's.
+  PackedMatrix(const WeightLayout& layout, int64_t rows, int64_t cols, Buffer memory);
   // Takes `m` for its data; sizes and layout are this matrix's own.
   void pack(StoredMatrix m);
 
@@ -96,6 +99,9 @@ class PackedExperts {
  public:
   PackedExperts(const WeightLayout& gate_up_layout, const WeightLayout& down_layout,
                 int64_t num_experts, int64_t hidden_size, int64_t intermediate_size);
+  // Packed before, in memory of somebody's.
+  PackedExperts(const WeightLayout& gate_up_layout, const WeightLayout& down_layout,
+                int64_t num_experts, int64_t hidden_size, int64_t intermediate_size, Buffer memory);
   enum class Projection { gate, up, down };
   // Data of one projection of one expert; sizes and layout are this object's own.
   void pack(int64_t expert, Projection projection, StoredMatrix m);
