@@ -111,6 +111,7 @@ def _render(out: Console, data: dict[str, Any]) -> None:
 
     from ktcore.cli._render import BAD, GOOD, TITLE, WEAK, _grid, _plural
     from ktcore.cli._report import size
+    from ktcore.cli.inspect import _clean
 
     files, freed = data["files"], data["freed_bytes"]
     total = sum(file["bytes"] for file in files)
@@ -120,12 +121,12 @@ def _render(out: Console, data: dict[str, Any]) -> None:
     for file in files:
         verdict = Text("deleted", WEAK)
         if not file["deleted"]:
-            verdict = Text("usable", GOOD) if file["usable"] else Text(file["reason"], BAD)
+            verdict = Text("usable", GOOD) if file["usable"] else Text(_clean(file["reason"]), BAD)
         out.print()
-        out.print(Text(Path(file["path"]).name))
+        out.print(Text(_clean(Path(file["path"]).name)))
         rows: list[tuple[str | Text, ...]] = [
-            ("model", file["model"] or "unknown"),
-            ("experts", file["format"] or "as stored"),
+            ("model", _clean(file["model"] or "unknown")),
+            ("experts", _clean(file["format"] or "as stored")),
             ("size", size(file["bytes"])),
             ("made", file["created"] or "unknown"),
             ("state", verdict),

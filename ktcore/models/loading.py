@@ -15,7 +15,7 @@ from ktcore._settings import flag
 from ktcore.dispatch import probe
 from ktcore.formats import Format, define, get_format
 from ktcore.models.decoder import Attention, Decoder, Layer, Mlp, RmsNorm, one_torch_thread
-from ktcore.models.locking import Locker
+from ktcore.models.memory import Locker, trim_heap
 from ktcore.models.model import Model
 from ktcore.models.moe_layer import MoeLayer
 from ktcore.models.packing import ModelCache, Packed, Restored, chosen_folder, warn
@@ -35,8 +35,9 @@ FLOATS = (torch.bfloat16, torch.float32, torch.float16)
 # any backend can be tried on a loaded model; above, memory matters more.
 KEEP_STORED_BELOW = 1 << 30
 
-# Experts of a stack that are quantised anew at a time, so that their float32 form stays small.
-EXPERTS_AT_ONCE = 8
+# Weights of a stack that are quantised anew at a time (one expert's at least), so that their
+# float32 form, and what is computed on the way to it, stays small.
+WEIGHTS_AT_ONCE = 1 << 22
 
 Progress = Callable[[int, int], None]
 
@@ -265,6 +266,8 @@ class _Reader:
                 progress(i, c.num_hidden_layers)
             layers.append(self._layer(i))
             prepare(f"layers.{i}", layers[-1])
+            if release:
+                trim_heap()
         embedding = self._tensor("embedding")
         head = self._matrices("head")
         if head is None:
@@ -345,9 +348,9 @@ class _Reader:
         if self.stacked:
             gate_up = self._tensor("stacked_gate_up", layer)
             inner = self.config.moe_intermediate_size
-            gate, up = (_rows(gate_up, begin, begin + inner) for begin in (0, inner))
-            down = self._tensor("stacked_down", layer)
-            return ExpertWeights(*map(self._store, (gate, up, down)))
+            gate, up = (self._store_stack(_rows(gate_up, n, n + inner)) for n in (0, inner))
+            del gate_up  # before down is read: with a format, nobody needs it any more
+            return ExpertWeights(gate, up, self._store_stack(self._tensor("stacked_down", layer)))
         roles = ("expert_gate", "expert_up", "expert_down")
         try:
             return ExpertWeights(*(self._stack(role, layer) for role in roles))
@@ -379,16 +382,27 @@ class _Reader:
             if isinstance(weight, QuantTensor):
                 return weight
             return QuantTensor(file.info(name).type.format, weight.shape, {"data": weight})
-        shape = file.info(name).shape
+        return self._anew(file.info(name).shape, lambda rows: file.tensor(name, rows=rows))
+
+    def _store_stack(self, weight: Tensor | QuantTensor) -> QuantTensor:
+        """A stack of experts as stored, or in the format that is wanted."""
+        if self.format in (None, getattr(weight, "format", None)):
+            return self._store(weight)
+        return self._anew(tuple(weight.shape), weight.__getitem__)
+
+    def _anew(
+        self, shape: tuple[int, ...], some: Callable[[slice], Tensor | QuantTensor]
+    ) -> QuantTensor:
+        """A stack [num_experts, O, I] in the format that is wanted, a few experts at a time."""
+        assert self.format is not None
         parts = {
             part: torch.empty(size, dtype=dtype)
             for part, (size, dtype) in self.format.part_specs(shape).items()
         }
-        for begin in range(0, shape[0], EXPERTS_AT_ONCE):
-            rows = slice(begin, begin + EXPERTS_AT_ONCE)
-            weight = file.tensor(name, rows=rows)
-            some = weight.dequantize() if isinstance(weight, QuantTensor) else weight
-            for part, stored in self._store(some).parts.items():
+        step = max(1, WEIGHTS_AT_ONCE // math.prod(shape[1:]))
+        for begin in range(0, shape[0], step):
+            rows = slice(begin, begin + step)
+            for part, stored in self._store(some(rows)).parts.items():
                 parts[part][rows] = stored
         return QuantTensor(self.format, shape, parts)
 
@@ -413,7 +427,7 @@ class _Reader:
             weight = weight.dequantize(torch.float32)
         format = self.format or get_format("bf16")
         if format.name == "bf16":
-            return QuantTensor.quantize(weight.contiguous(), format)
+            return QuantTensor.quantize(weight, format)
         return ops.quantize(weight, format)
 
 
@@ -421,7 +435,7 @@ def _rows(weight: Tensor | QuantTensor, begin: int, end: int) -> Tensor | QuantT
     """Some rows of each matrix of a stack [num_experts, O, I]."""
     if not isinstance(weight, QuantTensor):
         return weight[:, begin:end]
-    parts = {name: part[:, begin:end].contiguous() for name, part in weight.parts.items()}
+    parts = {name: part[:, begin:end] for name, part in weight.parts.items()}
     return QuantTensor(weight.format, (weight.shape[0], end - begin, weight.shape[2]), parts)
 
 

@@ -149,7 +149,7 @@ class ModelCache:
         """
         try:
             file = CacheFile(self.path)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (CacheError, OSError) as error:
             warn(f"{error}; it is made anew")

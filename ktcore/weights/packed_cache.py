@@ -105,7 +105,7 @@ class CacheFile:
             self.size = os.fstat(file.fileno()).st_size
             header = self._header(file.read(_START.size), file)
             try:
-                self.identity, self.created = dict(header["identity"]), float(header["created"])
+                self.identity, self.created = dict(header["identity"]), int(header["created"])
                 self.entries = [Entry(**entry) for entry in header["entries"]]
             except (TypeError, KeyError, ValueError) as error:
                 raise CacheError(path, f"damaged: bad header: {error}") from None
@@ -227,7 +227,7 @@ class CacheWriter:
     def _finish(self, identity: dict) -> None:
         header = {
             "identity": identity,
-            "created": time.time(),
+            "created": int(time.time()),
             "entries": [asdict(entry) for entry in self._entries],
         }
         text = json.dumps(header, allow_nan=False).encode()

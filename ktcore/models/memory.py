@@ -1,9 +1,12 @@
-"""Keeping weights in memory (mlock), if the system lets us."""
+"""What loading asks of the system's memory: to keep weights in it, and to take back the rest."""
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import sys
 import warnings
+from collections.abc import Callable
 
 from ktcore.weights import ExpertWeights, QuantTensor
 
@@ -49,3 +52,18 @@ def _limit() -> str:
     if limit == resource.RLIM_INFINITY:
         return ""
     return f"This process may lock {limit / 1e6:,.0f} MB. "
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # not glibc
+        return None
+
+
+def trim_heap() -> None:
+    """Give memory that was freed back to the system: glibc keeps what it cannot cut off the end,
+    which was seen to add up to several layers."""
+    if (trim := _malloc_trim()) is not None:
+        trim(0)
