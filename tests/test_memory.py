@@ -7,12 +7,16 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from sparse_models import config, write_folder, write_gguf
 
 from ktcore import _native
+from ktcore.dispatch import probe
+from ktcore.models import load_model
+from ktcore.models.loading import EMBEDDED
 
 pytestmark = [
     pytest.mark.skipif(_native.ext is None, reason="only native backends pack weights"),
@@ -110,6 +114,25 @@ def test_peak_with_a_cache(tmp_path):
 @pytest.mark.slow
 def test_peak_of_gigabytes(tmp_path):
     check(tmp_path / "model", "apart", None, config(6, 2048, 768, 64), tmp_path / "cache")
+
+
+@pytest.mark.parametrize("ample", [True, False])
+def test_files_are_dropped_from_the_system_cache_where_memory_is_tight(
+    tmp_path, monkeypatch, ample
+):
+    """What was read, and what was written; and only there."""
+    dropped = []
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda fd, at, size, advice: dropped.append((advice, size))
+    )
+    machine = probe.machine()
+    available = (1 << 40) if ample else 5_000_000
+    pretended = replace(machine, memory=replace(machine.memory, available_bytes=available))
+    with probe.override(pretended):
+        load_model(cache=tmp_path)
+    sizes = [size for advice, size in dropped if advice == os.POSIX_FADV_DONTNEED]
+    stored = (EMBEDDED / "model.safetensors").stat().st_size
+    assert sum(sizes) > 1.8 * stored if not ample else not sizes
 
 
 # ------------------------------------------------------------------------------ locked in memory

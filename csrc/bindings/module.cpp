@@ -22,12 +22,12 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-constexpr const char* kNames[kWeightFormats] = {"bf16",        "int8",  "int4_g32", "nibbles",
-                                                "nibbles_g16", "bytes", "bytes_g16"};
+constexpr const char* kFormatNames[kWeightFormats] = {"bf16",        "int8",  "int4_g32", "nibbles",
+                                                      "nibbles_g16", "bytes", "bytes_g16"};
 
 WeightFormat format_of(const std::string& name) {
   for (int i = 0; i < kWeightFormats; ++i) {
-    if (name == kNames[i]) return static_cast<WeightFormat>(i);
+    if (name == kFormatNames[i]) return static_cast<WeightFormat>(i);
   }
   throw std::invalid_argument("format: no native kernels for '" + name + "'");
 }
@@ -212,7 +212,7 @@ PYBIND11_MODULE(_C, m) {
           "describe",
           [](const WeightLayout& self) {
             py::dict out;
-            out["format"] = kNames[static_cast<int>(self.format)];
+            out["format"] = kFormatNames[static_cast<int>(self.format)];
             out["scale_type"] = static_cast<int>(self.scale_type);
             out["offsets"] = self.offsets;
             out["levels"] = std::vector<int>(std::begin(self.levels), std::end(self.levels));
@@ -229,12 +229,12 @@ PYBIND11_MODULE(_C, m) {
         need_positive("cols", cols);
         return new PackedMatrix(layout, rows, cols);
       }))
-      .def(py::init([](const WeightLayout& layout, int64_t rows, int64_t cols,
-                       const py::buffer& memory) {
-        need_positive("rows", rows);
-        need_positive("cols", cols);
-        return new PackedMatrix(layout, rows, cols, memory_of(memory));
-      }))
+      .def(py::init(
+          [](const WeightLayout& layout, int64_t rows, int64_t cols, const py::buffer& memory) {
+            need_positive("rows", rows);
+            need_positive("cols", cols);
+            return new PackedMatrix(layout, rows, cols, memory_of(memory));
+          }))
       .def(
           "pack",
           [](PackedMatrix& self, uintptr_t data, uintptr_t scales, uintptr_t offsets,

@@ -189,8 +189,8 @@ void PackedMatrix::pack(StoredMatrix m) {
 PackedExperts::PackedExperts(const WeightLayout& gate_up, const WeightLayout& down, int64_t e,
                              int64_t h, int64_t i)
     : PackedExperts(gate_up, down, e, h, i,
-                    Buffer(static_cast<size_t>(e) * (2 * matrix_bytes(gate_up, i, h) +
-                                                     matrix_bytes(down, h, i)))) {}
+                    Buffer(static_cast<size_t>(e) *
+                           (2 * matrix_bytes(gate_up, i, h) + matrix_bytes(down, h, i)))) {}
 
 PackedExperts::PackedExperts(const WeightLayout& gate_up, const WeightLayout& down, int64_t e,
                              int64_t h, int64_t i, Buffer memory)

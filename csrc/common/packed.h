@@ -83,7 +83,7 @@ struct StoredMatrix {
 class PackedMatrix {
  public:
   PackedMatrix(const WeightLayout& layout, int64_t rows, int64_t cols);
-  // Packed before, in memory of somebody's.
+  // Over memory that somebody owns, packed before; std::invalid_argument if its size does not fit.
   PackedMatrix(const WeightLayout& layout, int64_t rows, int64_t cols, Buffer memory);
   // Takes `m` for its data; sizes and layout are this matrix's own.
   void pack(StoredMatrix m);
@@ -99,7 +99,7 @@ class PackedExperts {
  public:
   PackedExperts(const WeightLayout& gate_up_layout, const WeightLayout& down_layout,
                 int64_t num_experts, int64_t hidden_size, int64_t intermediate_size);
-  // Packed before, in memory of somebody's.
+  // Over memory that somebody owns, packed before; std::invalid_argument if its size does not fit.
   PackedExperts(const WeightLayout& gate_up_layout, const WeightLayout& down_layout,
                 int64_t num_experts, int64_t hidden_size, int64_t intermediate_size, Buffer memory);
   enum class Projection { gate, up, down };

@@ -45,9 +45,13 @@ def command(
 
     Exit status: 0 done, 1 it could not be done, 2 the command line is wrong.
     """
+    from ktcore import _native
     from ktcore.models.packing import cache_folder
     from ktcore.weights.packed_cache import cache_files, remove_abandoned
 
+    if verify and _native.ext is None:
+        typer.echo(f"error: --verify: {_native.why}", err=True)
+        raise typer.Exit(1)
     folder = cache_folder() if folder is None else folder
     files = [_describe(path, verify) for path in cache_files(folder)]
     data: dict[str, Any] = {

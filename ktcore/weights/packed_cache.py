@@ -161,17 +161,9 @@ class CacheFile:
             CacheError: they are not what was written.
         """
         found = self._bytes[entry.offset : entry.offset + entry.size]
-        if verify:
-            self._will_need(entry)
-            if _native.ext.checksum(found) != entry.checksum:
-                raise CacheError(self.path, f"damaged: {entry.name!r} is not what was written")
+        if verify and _native.ext.checksum(found) != entry.checksum:
+            raise CacheError(self.path, f"damaged: {entry.name!r} is not what was written")
         return found
-
-    def _will_need(self, entry: Entry) -> None:
-        """Have the disk read an entry and the one after it, the latter while we are busy."""
-        if hasattr(mmap, "MADV_WILLNEED"):
-            end = min(entry.offset + 2 * entry.size, self._data_end)
-            self._map.madvise(mmap.MADV_WILLNEED, entry.offset, end - entry.offset)
 
 
 class CacheWriter:
