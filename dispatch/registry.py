@@ -20,10 +20,14 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import metadata
+from typing import TYPE_CHECKING
 
 from ktcore._settings import SettingError
 from ktcore.dispatch import probe
 from ktcore.dispatch.machine import Machine
+
+if TYPE_CHECKING:
+    from ktcore.weights.packed_cache import Layout
 
 OPS = ("moe", "linear", "dequantize", "quantize", "route")
 ENTRY_POINTS = "ktcore.backends"
@@ -68,6 +72,7 @@ class Implementation:
         detail: which variant would run on a machine, for reports.
         takes: whether it takes a format, by name: also one that a file defined, with a group size
             that none of the named ones has. By default those in `formats`.
+        packs: the layout that it packs weights into at first use; None if it reads them as stored.
     """
 
     op: str
@@ -78,6 +83,7 @@ class Implementation:
     supports: Callable[[Request, Machine], str | None] = lambda request, machine: None
     detail: Callable[[Machine], str] = lambda machine: ""
     takes: Callable[[str], bool] | None = None
+    packs: Layout | None = None
 
 
 @dataclass(frozen=True)

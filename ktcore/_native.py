@@ -64,6 +64,26 @@ def _default_threads() -> int:
     return threads
 
 
+def _memory_nodes() -> list[int] | None:
+    """The NUMA nodes that KTCORE_NUMA_NODES wants packed weights spread over; None: no word."""
+    text = os.environ.get("KTCORE_NUMA_NODES", "").strip()
+    if not text:
+        return None
+    if text == "none":
+        return []
+    allowed = ext.allowed_nodes()
+    try:
+        nodes = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        nodes = [-1]
+    if not set(nodes) <= set(allowed):
+        raise SettingError(
+            f"KTCORE_NUMA_NODES: expected none, or some of the nodes "
+            f"{','.join(map(str, allowed))}, got {text!r}"
+        )
+    return nodes
+
+
 if ext is None:
     warnings.warn(
         f"{why}; ktcore computes with plain torch (backend reference), many times slower. "
@@ -73,3 +93,5 @@ if ext is None:
     )
 else:
     ext.set_num_threads(_default_threads())
+    if (_nodes := _memory_nodes()) is not None:
+        ext.set_memory_nodes(_nodes)

@@ -11,6 +11,7 @@ from ktcore import _native
 from ktcore.backends.native.packing import (
     DTYPES,
     is_packable,
+    layout,
     packed_experts,
     packed_matrix,
 )
@@ -248,13 +249,14 @@ def operators(backend: str) -> list[Implementation]:
     def packable(format: str) -> bool:
         return is_packable(get_format(format))
 
-    def implementation(op, formats, run, cost, supports=_on_cpu, takes=None):
+    def implementation(op, formats, run, cost, supports=_on_cpu, takes=None, packs=None):
         detail = partial(instruction_set, backend)
-        return Implementation(op, backend, formats, run, cost, supports, detail, takes)
+        return Implementation(op, backend, formats, run, cost, supports, detail, takes, packs)
 
+    packed = {"takes": packable, "packs": layout()}
     return [
-        implementation("moe", FORMATS, moe, partial(_moe_cost, backend), takes=packable),
-        implementation("linear", FORMATS, linear, partial(_linear_cost, backend), takes=packable),
+        implementation("moe", FORMATS, moe, partial(_moe_cost, backend), **packed),
+        implementation("linear", FORMATS, linear, partial(_linear_cost, backend), **packed),
         implementation("dequantize", CONVERTED, dequantize, flat),
         implementation("quantize", CONVERTED, quantize, flat),
         implementation("route", (), route, flat, _route_fits),

@@ -5,15 +5,20 @@ Packed once, at first use, and kept on the weights object; all CPU instruction s
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+import ktcore
 from ktcore import _native
 from ktcore.formats import Codes, Floats, Format
 from ktcore.weights import ExpertWeights, QuantTensor
+from ktcore.weights.packed_cache import Layout
 
 LAYOUT = "native"
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -209,9 +214,46 @@ def packed_matrix(weight: QuantTensor) -> object:
             packer = _Packer(weight.format)
             packer.widen(weight)
             stored = packer.read(weight)
-            layout = packer.layout(stored, weight.shape[-1])
-            packed = _native.ext.PackedMatrix(layout, *weight.shape)
+            packed = _native.ext.PackedMatrix(
+                packer.layout(stored, weight.shape[-1]), *weight.shape
+            )
             matrix = packer.matrix(stored)  # holds what its addresses point to
             packed.pack(*matrix.arguments())
             weight.packed[LAYOUT] = packed
     return weight.packed[LAYOUT]
+
+
+# ---------------------------------------------------------------------------------- storing them
+
+
+@functools.cache
+def layout() -> Layout:
+    """This form of weights, for those who store and restore it."""
+    return Layout(LAYOUT, _identity(), _describe, _restore)
+
+
+def _identity() -> str:
+    """A digest of all code that decides what a stored weight becomes: no version number has to be
+    thought of, and a cache never outlives a change."""
+    package = Path(ktcore.__file__).parent
+    folders = [Path(__file__).parent, *(package / n for n in ("formats", "weights", "models"))]
+    digest = hashlib.blake2b(_native.ext.sources.encode(), digest_size=16)
+    for folder in folders:
+        for path in sorted(folder.glob("*.py")):
+            digest.update(path.name.encode() + path.read_bytes())
+    return f"{ktcore.__version__}-{digest.hexdigest()}"
+
+
+def _describe(packed: object) -> dict:
+    if isinstance(packed, _native.ext.PackedMatrix):
+        return {"layouts": [packed.layout.describe()], "sizes": [packed.rows, packed.cols]}
+    return {
+        "layouts": [packed.gate_up_layout.describe(), packed.down_layout.describe()],
+        "sizes": [packed.num_experts, packed.hidden_size, packed.intermediate_size],
+    }
+
+
+def _restore(description: dict, memory: memoryview) -> object:
+    layouts = [_native.ext.WeightLayout(**fields) for fields in description["layouts"]]
+    kind = _native.ext.PackedMatrix if len(layouts) == 1 else _native.ext.PackedExperts
+    return kind(*layouts, *description["sizes"], memory)

@@ -5,9 +5,11 @@
 
 #include <string>
 
+#include "common/checksum.h"
 #include "common/cpu_features.h"
 #include "common/engine.h"
 #include "common/isa.h"
+#include "common/numa.h"
 #include "common/thread_pool.h"
 
 namespace py = pybind11;
@@ -20,6 +22,11 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+constexpr const char* kLayoutNames[kWeightFormats] = {
+    "bf16",       "f16",        "f32",        "f8",         "int8",      "codes2",     "codes2_g16",
+    "codes3",     "codes3_g16", "codes4",     "codes4_g16", "codes5",    "codes5_g16", "codes6",
+    "codes6_g16", "codes8",     "codes8_g16", "table4",     "table4_g16"};
+
 template <size_t N>
 int index_of(const char* what, const char* const (&names)[N], const std::string& name) {
   for (size_t i = 0; i < N; ++i) {
@@ -29,12 +36,7 @@ int index_of(const char* what, const char* const (&names)[N], const std::string&
 }
 
 WeightFormat layout_of(const std::string& name) {
-  static constexpr const char* kNames[kWeightFormats] = {
-      "bf16",       "f16",        "f32",        "f8",         "int8",
-      "codes2",     "codes2_g16", "codes3",     "codes3_g16", "codes4",
-      "codes4_g16", "codes5",     "codes5_g16", "codes6",     "codes6_g16",
-      "codes8",     "codes8_g16", "table4",     "table4_g16"};
-  return static_cast<WeightFormat>(index_of("format", kNames, name));
+  return static_cast<WeightFormat>(index_of("format", kLayoutNames, name));
 }
 
 StoredFormat stored_format_of(const std::string& name) {
@@ -101,6 +103,34 @@ StoredMatrix stored_matrix(const WeightLayout& layout, uintptr_t data, uintptr_t
   return out;
 }
 
+// Contiguous bytes of a Python object, which it keeps alive.
+Buffer memory_of(const py::buffer& object) {
+  auto view = std::make_shared<py::buffer_info>(object.request());
+  if (view->ndim != 1 || view->itemsize != 1 || (view->size > 0 && view->strides[0] != 1)) {
+    throw std::invalid_argument("memory: expected contiguous bytes");
+  }
+  const auto* data = static_cast<const uint8_t*>(view->ptr);
+  const auto bytes = static_cast<size_t>(view->size);
+  return Buffer(data, bytes, std::move(view));
+}
+
+// What both kinds of packed weights offer of their memory.
+template <class Packed>
+void def_memory(py::class_<Packed>& c) {
+  c.def_property_readonly("nbytes", [](const Packed& self) { return self.buffer.size(); })
+      .def(
+          "lock",
+          [](const Packed& self) {
+            py::gil_scoped_release release;
+            return self.buffer.lock();
+          },
+          "Has the system keep the weights in memory. Empty, or why it refuses.")
+      .def_buffer([](Packed& self) {
+        return py::buffer_info(self.buffer.data(), static_cast<py::ssize_t>(self.buffer.size()),
+                               /*readonly=*/true);
+      });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -144,6 +174,19 @@ PYBIND11_MODULE(_C, m) {
   m.def("get_num_threads", &default_pool_size);
   m.def("set_prefetch_bytes", &set_prefetch_bytes);
   m.def("get_prefetch_bytes", &prefetch_bytes);
+  m.def("allowed_nodes", &allowed_nodes, "NUMA nodes whose memory this process may use.");
+  m.def("set_memory_nodes", &set_memory_nodes);
+  m.def("get_memory_nodes", &memory_nodes, "NUMA nodes over which packed weights are spread.");
+  m.attr("sources") = KTCORE_SOURCES;  // a digest of csrc/
+
+  m.def(
+      "checksum",
+      [](const py::buffer& object) {
+        const Buffer memory = memory_of(object);
+        py::gil_scoped_release release;
+        return checksum(memory.data(), memory.size());
+      },
+      py::arg("memory"), "A fast checksum of bytes, on all threads: see checksum.h.");
 
   m.def(
       "measure_read_bandwidth",
@@ -187,14 +230,38 @@ PYBIND11_MODULE(_C, m) {
            py::arg("format"), py::kw_only(), py::arg("scale_type") = 0, py::arg("span") = 1,
            py::arg("inner_scales") = false, py::arg("offsets") = false,
            py::arg("inner_offsets") = false, py::arg("bias") = 0,
-           py::arg("levels") = std::vector<int>{});
+           py::arg("levels") = std::vector<int>{})
+      .def(
+          "describe",
+          [](const WeightLayout& self) {
+            py::dict out;
+            out["format"] = kLayoutNames[static_cast<int>(self.format)];
+            out["scale_type"] = static_cast<int>(self.scale_type);
+            out["span"] = self.span;
+            out["inner_scales"] = self.inner_scales;
+            out["offsets"] = self.offsets;
+            out["inner_offsets"] = self.inner_offsets;
+            out["bias"] = self.bias;
+            out["levels"] = std::vector<int>(std::begin(self.levels), std::end(self.levels));
+            return out;
+          },
+          "The arguments that make this layout again, as plain data.")
+      .def("__eq__", [](const WeightLayout& a, const WeightLayout& b) { return a == b; });
 
-  py::class_<PackedMatrix>(m, "PackedMatrix")
+  py::class_<PackedMatrix> packed_matrix(m, "PackedMatrix", py::buffer_protocol());
+  def_memory(packed_matrix);
+  packed_matrix
       .def(py::init([](const WeightLayout& layout, int64_t rows, int64_t cols) {
         need_positive("rows", rows);
         need_positive("cols", cols);
         return new PackedMatrix(layout, rows, cols);
       }))
+      .def(py::init(
+          [](const WeightLayout& layout, int64_t rows, int64_t cols, const py::buffer& memory) {
+            need_positive("rows", rows);
+            need_positive("cols", cols);
+            return new PackedMatrix(layout, rows, cols, memory_of(memory));
+          }))
       .def(
           "pack",
           [](PackedMatrix& self, uintptr_t data, uintptr_t scales, uintptr_t offsets,
@@ -209,17 +276,26 @@ PYBIND11_MODULE(_C, m) {
           py::arg("data"), py::arg("scales") = 0, py::arg("offsets") = 0,
           py::arg("inner_scales") = 0, py::arg("inner_offsets") = 0, py::arg("scale_size") = 0,
           py::arg("group_size") = 0)
+      .def_readonly("layout", &PackedMatrix::layout)
       .def_readonly("rows", &PackedMatrix::rows)
-      .def_readonly("cols", &PackedMatrix::cols)
-      .def_property_readonly("nbytes", [](const PackedMatrix& self) { return self.buffer.size(); });
+      .def_readonly("cols", &PackedMatrix::cols);
 
-  py::class_<PackedExperts>(m, "PackedExperts")
+  py::class_<PackedExperts> packed_experts(m, "PackedExperts", py::buffer_protocol());
+  def_memory(packed_experts);
+  packed_experts
       .def(py::init([](const WeightLayout& gate_up, const WeightLayout& down, int64_t e, int64_t h,
                        int64_t i) {
         need_positive("num_experts", e);
         need_positive("hidden_size", h);
         need_positive("intermediate_size", i);
         return new PackedExperts(gate_up, down, e, h, i);
+      }))
+      .def(py::init([](const WeightLayout& gate_up, const WeightLayout& down, int64_t e, int64_t h,
+                       int64_t i, const py::buffer& memory) {
+        need_positive("num_experts", e);
+        need_positive("hidden_size", h);
+        need_positive("intermediate_size", i);
+        return new PackedExperts(gate_up, down, e, h, i, memory_of(memory));
       }))
       .def(
           "pack",
@@ -247,11 +323,11 @@ PYBIND11_MODULE(_C, m) {
           py::arg("expert"), py::arg("projection"), py::arg("data"), py::arg("scales") = 0,
           py::arg("offsets") = 0, py::arg("inner_scales") = 0, py::arg("inner_offsets") = 0,
           py::arg("scale_size") = 0, py::arg("group_size") = 0)
+      .def_readonly("gate_up_layout", &PackedExperts::gate_up_layout)
+      .def_readonly("down_layout", &PackedExperts::down_layout)
       .def_readonly("num_experts", &PackedExperts::num_experts)
       .def_readonly("hidden_size", &PackedExperts::hidden_size)
-      .def_readonly("intermediate_size", &PackedExperts::intermediate_size)
-      .def_property_readonly("nbytes",
-                             [](const PackedExperts& self) { return self.buffer.size(); });
+      .def_readonly("intermediate_size", &PackedExperts::intermediate_size);
 
   m.def("moe", [](const std::string& isa, const PackedExperts& experts, uintptr_t x, int dtype,
                   int64_t tokens, int64_t x_stride, uintptr_t ids, uintptr_t weights, int64_t top_k,

@@ -1,8 +1,11 @@
 #include "common/buffer.h"
 
+#include <cerrno>
+#include <cstring>
 #include <new>
 #include <utility>
 
+#include "common/numa.h"
 #include "common/platform.h"
 
 #if defined(_WIN32)
@@ -43,9 +46,13 @@ Buffer::Buffer(size_t bytes) : size_(bytes) {
     // A hint: fewer page walks on a sequential read. Refusal costs speed, not correctness.
     madvise(data_, mapped_ - kHugePage, MADV_HUGEPAGE);
 #endif
+    interleave(data_, mapped_ - kHugePage);
   }
 #endif
 }
+
+Buffer::Buffer(const uint8_t* data, size_t bytes, std::shared_ptr<const void> owner)
+    : data_(const_cast<uint8_t*>(data)), size_(bytes), owner_(std::move(owner)) {}
 
 Buffer::~Buffer() {
   if (base_ == nullptr) return;
@@ -63,6 +70,7 @@ Buffer& Buffer::operator=(Buffer&& other) noexcept {
   std::swap(size_, other.size_);
   std::swap(base_, other.base_);
   std::swap(mapped_, other.mapped_);
+  std::swap(owner_, other.owner_);
   return *this;
 }
 
@@ -70,6 +78,23 @@ void Buffer::reserve(size_t bytes) {
   if (bytes <= size_) return;
   *this = Buffer();  // give back first: the two need not exist together
   *this = Buffer(bytes);
+}
+
+std::string Buffer::lock() const {
+  if (size_ == 0) return {};
+#if defined(_WIN32)
+  // No process may lock more than its smallest working set, which is small unless it asks.
+  SIZE_T least, most;
+  const HANDLE process = GetCurrentProcess();
+  if (!GetProcessWorkingSetSize(process, &least, &most) ||
+      !SetProcessWorkingSetSize(process, least + size_, most + size_) ||
+      !VirtualLock(data_, size_)) {
+    return "Windows error " + std::to_string(GetLastError());
+  }
+  return {};
+#else
+  return mlock(data_, size_) == 0 ? std::string() : std::strerror(errno);
+#endif
 }
 
 }  // namespace ktcore

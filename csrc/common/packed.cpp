@@ -2,6 +2,9 @@
 
 #include <cmath>
 #include <cstring>
+#include <stdexcept>
+#include <string>
+#include <utility>
 
 #include "common/thread_pool.h"
 
@@ -192,15 +195,33 @@ void pack_blocks(const StoredMatrix& m, uint8_t* first, int64_t step) {
                [&](int64_t b, int) { pack_block(m, b * kBlockRows, first + b * step); });
 }
 
+size_t matrix_bytes(const WeightLayout& layout, int64_t rows, int64_t cols) {
+  return static_cast<size_t>(ceil_div(rows, kBlockRows) * layout.block_bytes(cols));
+}
+
+void check_size(const Buffer& buffer, size_t expected) {
+  if (buffer.size() != expected || reinterpret_cast<uintptr_t>(buffer.data()) % 64 != 0) {
+    throw std::invalid_argument("memory: expected " + std::to_string(expected) +
+                                " bytes at a multiple of 64, got " + std::to_string(buffer.size()));
+  }
+}
+
+void check_writable(const Buffer& buffer) {
+  if (buffer.read_only()) throw std::logic_error("pack: these weights are another's, to be read");
+}
+
 }  // namespace
 
 PackedMatrix::PackedMatrix(const WeightLayout& l, int64_t r, int64_t c)
-    : layout(l),
-      rows(r),
-      cols(c),
-      buffer(static_cast<size_t>(ceil_div(r, kBlockRows) * l.block_bytes(c))) {}
+    : PackedMatrix(l, r, c, Buffer(matrix_bytes(l, r, c))) {}
+
+PackedMatrix::PackedMatrix(const WeightLayout& l, int64_t r, int64_t c, Buffer memory)
+    : layout(l), rows(r), cols(c), buffer(std::move(memory)) {
+  check_size(buffer, matrix_bytes(l, r, c));
+}
 
 void PackedMatrix::pack(StoredMatrix m) {
+  check_writable(buffer);
   m.layout = layout;
   m.rows = rows;
   m.cols = cols;
@@ -209,12 +230,19 @@ void PackedMatrix::pack(StoredMatrix m) {
 
 PackedExperts::PackedExperts(const WeightLayout& gate_up, const WeightLayout& down, int64_t e,
                              int64_t h, int64_t i)
+    : PackedExperts(gate_up, down, e, h, i,
+                    Buffer(static_cast<size_t>(e) *
+                           (2 * matrix_bytes(gate_up, i, h) + matrix_bytes(down, h, i)))) {}
+
+PackedExperts::PackedExperts(const WeightLayout& gate_up, const WeightLayout& down, int64_t e,
+                             int64_t h, int64_t i, Buffer memory)
     : gate_up_layout(gate_up),
       down_layout(down),
       num_experts(e),
       hidden_size(h),
-      intermediate_size(i) {
-  buffer = Buffer(static_cast<size_t>(e * (gate_up_bytes() + down_bytes())));
+      intermediate_size(i),
+      buffer(std::move(memory)) {
+  check_size(buffer, static_cast<size_t>(e * (gate_up_bytes() + down_bytes())));
 }
 
 int64_t PackedExperts::gate_up_bytes() const {
@@ -231,6 +259,7 @@ const uint8_t* PackedExperts::down(int64_t expert) const {
 }
 
 void PackedExperts::pack(int64_t expert, Projection projection, StoredMatrix m) {
+  check_writable(buffer);
   if (projection == Projection::down) {
     m.layout = down_layout;
     m.rows = hidden_size;

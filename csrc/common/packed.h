@@ -52,6 +52,8 @@ struct WeightLayout {
   int32_t bias = 0;
   int8_t levels[16] = {};
 
+  KT_INLINE bool operator==(const WeightLayout&) const = default;
+
   // Bits of a column's code, 0 for formats that have none.
   KT_INLINE int64_t code_bits() const {
     switch (format) {
@@ -138,6 +140,8 @@ struct StoredMatrix {
 class PackedMatrix {
  public:
   PackedMatrix(const WeightLayout& layout, int64_t rows, int64_t cols);
+  // Over memory that somebody owns, packed before; std::invalid_argument if its size does not fit.
+  PackedMatrix(const WeightLayout& layout, int64_t rows, int64_t cols, Buffer memory);
   // Takes `m` for its data; sizes and layout are this matrix's own.
   void pack(StoredMatrix m);
 
@@ -152,6 +156,9 @@ class PackedExperts {
  public:
   PackedExperts(const WeightLayout& gate_up_layout, const WeightLayout& down_layout,
                 int64_t num_experts, int64_t hidden_size, int64_t intermediate_size);
+  // Over memory that somebody owns, packed before; std::invalid_argument if its size does not fit.
+  PackedExperts(const WeightLayout& gate_up_layout, const WeightLayout& down_layout,
+                int64_t num_experts, int64_t hidden_size, int64_t intermediate_size, Buffer memory);
   enum class Projection { gate, up, down };
   // Data of one projection of one expert; sizes and layout are this object's own.
   void pack(int64_t expert, Projection projection, StoredMatrix m);

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 PROMPT = "And it came to pass in those days,"
 PATIENCE = 0.5  # seconds before loading shows a progress bar
+LONG = 20.0  # seconds of loading after which the cache is worth mentioning
 _SAMPLING, _MACHINE, _OUTPUT = "Sampling", "Machine", "Output"
 
 
@@ -96,6 +97,25 @@ def command(
             rich_help_panel=_MACHINE,
         ),
     ] = None,
+    cache: Annotated[
+        bool | None,
+        typer.Option(
+            "--cache/--no-cache",
+            help="Keep the packed weights on disk, as large as the model, and start from there the "
+            "next time, in seconds: `ktcore cache` lists them.",
+            show_default="as KTCORE_PACKED_CACHE says, else no",
+            rich_help_panel=_MACHINE,
+        ),
+    ] = None,
+    mlock: Annotated[
+        bool | None,
+        typer.Option(
+            "--mlock/--no-mlock",
+            help="Have the system keep the weights in memory.",
+            show_default="as KTCORE_MLOCK says, else no",
+            rich_help_panel=_MACHINE,
+        ),
+    ] = None,
     explain: Annotated[
         bool,
         typer.Option(
@@ -128,7 +148,7 @@ def command(
       ktcore run
       ktcore run --prompt "In the beginning" --format int4 --compare
       ktcore run ./Qwen3-30B-A3B --format int4 --prompt "Why is the sky blue?"
-      ktcore run ./Qwen3-30B-A3B-Q4_K_M.gguf
+      ktcore run ./Qwen3-30B-A3B-Q4_K_M.gguf --cache
       ktcore run --temperature 0 --json > result.json
 
     Exit status: 0 done, 1 it could not be done, 2 the command line is wrong.
@@ -139,6 +159,7 @@ def command(
 
     import ktcore
     from ktcore.formats import get_format
+    from ktcore.models.packing import chosen_folder
 
     if top_p <= 0:
         raise typer.BadParameter(f"--top-p: expected a number above 0, got {top_p:g}")
@@ -148,6 +169,8 @@ def command(
         except ValueError as error:
             what = str(error).removeprefix("format: ")
             raise typer.BadParameter(f"--format: {what}") from None
+    if cache and compare:
+        raise typer.BadParameter("--cache: --compare needs the weights as the model stores them")
     if backend is not None:
         ktcore.use(backend)
     if threads is not None:
@@ -161,7 +184,8 @@ def command(
         "seed": secrets.randbelow(1 << 32) if seed is None else seed,
     }
 
-    loaded, load_seconds = _load(model, format, keep_stored=compare)
+    options = {"release": False if compare else None, "cache": cache, "mlock": mlock}
+    loaded, load_seconds = _load(model, format, options)
     try:
         ids = loaded.tokenizer.encode(prompt)
     except ImportError as error:
@@ -204,6 +228,8 @@ def command(
         }
     if not as_json:
         _print_statistics(result)
+        if load_seconds > LONG and not compare and chosen_folder(cache) is None:
+            typer.echo("next time it starts in seconds with --cache, which takes disk", err=True)
     if compare:
         result["compare"] = _compare(loaded, ids, settings, result)
         if not as_json:
@@ -217,15 +243,20 @@ def command(
 # ------------------------------------------------------------------------------------ the work
 
 
-def _load(path: str | None, format: str | None, keep_stored: bool) -> tuple[Model, float]:
+def _load(path: str | None, format: str | None, options: dict[str, Any]) -> tuple[Model, float]:
     import time
+    import warnings
 
     from ktcore.models import load_model
 
     begin = time.perf_counter()
-    with _progress() as progress:
-        loaded = load_model(path, format, release=False if keep_stored else None, progress=progress)
-    return loaded, time.perf_counter() - begin
+    with _progress() as progress, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RuntimeWarning)
+        loaded = load_model(path, format, progress=progress, **options)
+    seconds = time.perf_counter() - begin
+    for warning in caught:
+        typer.echo(f"warning: {warning.message}", err=True)
+    return loaded, seconds
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from ktcore.dispatch import Request
 from ktcore.models.config import DecoderConfig
 from ktcore.models.moe_layer import MoeLayer
 from ktcore.models.projection import Embedding, Projection, SideBySide
-from ktcore.weights import QuantTensor
+from ktcore.weights import ExpertWeights, QuantTensor
 
 CHUNK = 256  # positions; the KV cache is allocated in multiples of it
 
@@ -223,6 +223,15 @@ class Layer:
             projection.prepare(release)
         if isinstance(self.mlp, MoeLayer):
             self.mlp.prepare(release)
+
+    def packed_weights(
+        self, name: str
+    ) -> Iterator[tuple[str, Request, QuantTensor | ExpertWeights]]:
+        """What backends may have packed, by name, with the operator calls that read it."""
+        for purpose, projection in self.projections().items():
+            yield from projection.packed_weights(f"{name}.{purpose}")
+        if isinstance(self.mlp, MoeLayer):
+            yield from self.mlp.packed_weights(name)
 
     def requests(self, tokens: int) -> Iterator[tuple[str, Request]]:
         """The operator calls for so many tokens, each with what it is for."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,15 +11,20 @@ import torch
 from torch import Tensor
 
 from ktcore import ops
-from ktcore.formats import Format, get_format
+from ktcore._settings import flag
+from ktcore.dispatch import probe
+from ktcore.formats import Format, define, get_format
 from ktcore.models.decoder import Attention, Decoder, Layer, Mlp, RmsNorm, one_torch_thread
+from ktcore.models.memory import Locker, trim_heap
 from ktcore.models.model import Model
 from ktcore.models.moe_layer import MoeLayer
-from ktcore.models.projection import Projection, SideBySide, joined
+from ktcore.models.packing import ModelCache, Packed, Restored, chosen_folder, warn
+from ktcore.models.projection import Projection, SideBySide, beside, joined
 from ktcore.models.source import Source, open_source
 from ktcore.weights import CheckpointError, ExpertWeights, GgufFile, QuantTensor
 from ktcore.weights.gguf_file import unsupported
 from ktcore.weights.gguf_header import GgufTensorInfo
+from ktcore.weights.packed_cache import CacheError
 from ktcore.weights.quantization import QuantInfo, stack
 from ktcore.weights.safetensors_file import TensorInfo
 
@@ -29,8 +35,9 @@ FLOATS = (torch.bfloat16, torch.float32, torch.float16)
 # any backend can be tried on a loaded model; above, memory matters more.
 KEEP_STORED_BELOW = 1 << 30
 
-# Experts of a stack that are quantised anew at a time, so that their float32 form stays small.
-EXPERTS_AT_ONCE = 8
+# Weights of a stack that are quantised anew at a time (one expert's at least), so that their
+# float32 form, and what is computed on the way to it, stays small.
+WEIGHTS_AT_ONCE = 1 << 22
 
 Progress = Callable[[int, int], None]
 
@@ -40,6 +47,8 @@ def load_model(
     format: str | Format | None = None,
     *,
     release: bool | None = None,
+    cache: bool | str | Path | None = None,
+    mlock: bool | None = None,
     progress: Progress | None = None,
 ) -> Model:
     """Load a model for inference on the CPU.
@@ -52,7 +61,14 @@ def load_model(
             as stored. Everything else stays as stored.
         release: free each layer's stored weights once a backend has packed them, so that the peak
             is the packed size and one layer. Backends that read the stored form (reference) cannot
-            be switched to afterwards. None: for checkpoints of 1 GiB and more.
+            be switched to afterwards. None: for checkpoints of 1 GiB and more, and with a cache.
+        cache: keep the packed weights in a file, and take them from there the next time, without
+            reading or packing the stored ones: True for the folder ``packed`` where ktcore keeps
+            what it may lose (KTCORE_CACHE_DIR, else the system's convention), or a folder. None:
+            as KTCORE_PACKED_CACHE says (1 or 0), by default no, for it takes as much disk as the
+            model. What is wrong with the file or the disk is a RuntimeWarning, never an error.
+        mlock: have the system keep the packed weights in memory; a RuntimeWarning says so if it
+            refuses. None: as KTCORE_MLOCK says (1 or 0), by default no.
         progress: called with (layers done, layers in all).
 
     Returns:
@@ -60,17 +76,43 @@ def load_model(
 
     Raises:
         CheckpointError: a file or folder is missing, no model or not a supported one.
-        ValueError: unknown format.
+        ValueError: unknown format; a cache is wanted, but nothing is to be released.
+        SettingError: a variable of the environment is malformed.
     """
     wanted = None if format is None else get_format(format)
+    if cache and release is False:
+        raise ValueError("cache: weights from a cache have no stored form to keep: release=False")
+    folder = None if release is False else chosen_folder(cache)
+    lock = Locker() if (flag("KTCORE_MLOCK") if mlock is None else mlock) else None
     source = open_source(EMBEDDED if path is None else Path(path))
     reader = _Reader(source, wanted)
     reader.check()
+    nbytes = reader.nbytes()
+    # Where files and packed weights do not both fit, files must not push weights out of memory.
+    source.checkpoint.keep_cached = 2 * nbytes < probe.machine().memory.available_bytes
     if release is None:
-        release = reader.nbytes() >= KEEP_STORED_BELOW
+        release = folder is not None or nbytes >= KEEP_STORED_BELOW
+    make = functools.partial(reader.decoder, release, progress, lock)
     with torch.inference_mode():
-        decoder = reader.decoder(release, progress)
+        if folder is None:
+            decoder = make()
+        else:
+            decoder = _cached(
+                make, ModelCache(folder, source, wanted, source.checkpoint.keep_cached)
+            )
     return Model(source, decoder, reader.parameters())
+
+
+def _cached(make: Callable[..., Decoder], cache: ModelCache) -> Decoder:
+    """The decoder from a cache file, or else from the model's files into it."""
+    restored = cache.restored()
+    if restored is not None:
+        try:
+            return make(restored=restored)
+        except CacheError as error:
+            warn(f"{error}; it is made anew")
+    with cache.storing() as store:
+        return make(store=store)
 
 
 def why_not_loadable(path: Path) -> str | None:
@@ -100,6 +142,7 @@ class _Reader:
     def __init__(self, source: Source, format: Format | None):
         self.checkpoint, self.config, self.names = source.checkpoint, source.config, source.names
         self.stated_in, self.format = source.stated_in, format
+        self.restored: Restored | None = None
         layer = self._first_moe_layer()
         self.stacked = self._name("stacked_down", layer) in self.checkpoint
         self.gate_up_apart = self.names.stacked_gate is not None and (
@@ -131,6 +174,8 @@ class _Reader:
                 )
             if (why := _why_not(info)) is not None:
                 raise CheckpointError(self.checkpoint.path, f"tensor {name!r} {why}")
+            if isinstance(info, QuantInfo):
+                define(info.format)
 
     def expected(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Name and shape of every tensor that the configuration implies."""
@@ -193,18 +238,42 @@ class _Reader:
 
     # ------------------------------------------------------------------------- making parts
 
-    def decoder(self, release: bool, progress: Progress | None) -> Decoder:
-        c = self.config
+    def decoder(
+        self,
+        release: bool,
+        progress: Progress | None,
+        lock: Locker | None,
+        restored: Restored | None = None,
+        store: Packed | None = None,
+    ) -> Decoder:
+        """All of it, layer by layer, with the weights packed for the backends that serve them.
+
+        What is in `restored` is taken from there; `store` is called with each packed weight.
+        """
+        c, self.restored = self.config, restored
         layers = []
+
+        def prepare(name: str, part: Layer | Projection) -> None:
+            part.prepare(release)
+            for weight_name, request, weight in part.packed_weights(name):
+                if store is not None:
+                    store(weight_name, request, weight)
+                if lock is not None:
+                    lock(weight)
+
         for i in range(c.num_hidden_layers):
             if progress:
                 progress(i, c.num_hidden_layers)
-            layer = self._layer(i)
-            layer.prepare(release)
-            layers.append(layer)
+            layers.append(self._layer(i))
+            prepare(f"layers.{i}", layers[-1])
+            if release:
+                trim_heap()
         embedding = self._tensor("embedding")
-        head = Projection(_shared(embedding) if c.tie_word_embeddings else self._tensor("head"))
-        head.prepare(release)
+        head = self._matrices("head")
+        if head is None:
+            head = [_shared(embedding) if c.tie_word_embeddings else self._tensor("head")]
+        head = Projection(head[0])
+        prepare("head", head)
         if progress:
             progress(c.num_hidden_layers, c.num_hidden_layers)
         return Decoder(c, embedding, layers, self._norm("final_norm"), head)
@@ -215,16 +284,24 @@ class _Reader:
     def _norm(self, role: str, layer: int = 0) -> RmsNorm:
         return RmsNorm(self._tensor(role, layer), self.config.rms_norm_eps)
 
+    def _matrices(self, name: str) -> list[QuantTensor] | None:
+        """A projection's weights as they were packed once, None if they must be read."""
+        return None if self.restored is None else self.restored.matrices(name)
+
     def _projection(
-        self, roles: tuple[str, ...], layer: int, bias: bool = False
+        self, name: str, roles: tuple[str, ...], layer: int, bias: bool = False
     ) -> Projection | SideBySide:
-        """Several projections of the same input as one."""
+        """Several projections of the same input as one; `name` is what `Layer` calls it."""
 
         def tensors(part: str) -> list:
             names = [f"{self._name(role, layer)}.{part}" for role in roles]
             return [self.checkpoint.tensor(name) for name in names]
 
-        return joined(tensors("weight"), tensors("bias") if bias else None)
+        biases = tensors("bias") if bias else None
+        packed = self._matrices(f"layers.{layer}.{name}")
+        if packed is not None:
+            return beside(packed, None if biases is None else torch.cat(biases))
+        return joined(tensors("weight"), biases)
 
     def _layer(self, i: int) -> Layer:
         c = self.config
@@ -236,17 +313,21 @@ class _Reader:
         )
         attention = Attention(
             c,
-            self._projection(("q", "k", "v"), i, c.attention_bias),
+            self._projection("qkv", ("q", "k", "v"), i, c.attention_bias),
             RmsNorm(qk_norm[:, None], c.rms_norm_eps),
-            self._projection(("o",), i, c.attention_bias),
+            self._projection("output", ("o",), i, c.attention_bias),
         )
         if i in c.dense_layers:
             mlp = Mlp(
-                self._projection(("mlp_gate", "mlp_up"), i), self._projection(("mlp_down",), i)
+                self._projection("gate and up", ("mlp_gate", "mlp_up"), i),
+                self._projection("down", ("mlp_down",), i),
             )
         else:
+            router = self._matrices(f"layers.{i}.router")
+            if router is None:
+                router = [self.checkpoint.tensor(f"{self._name('router', i)}.weight")]
             mlp = MoeLayer(
-                Projection(self.checkpoint.tensor(f"{self._name('router', i)}.weight"), exact=True),
+                Projection(router[0], exact=True),
                 self._experts(i),
                 c.top_k,
                 renormalize=c.renormalize,
@@ -255,6 +336,9 @@ class _Reader:
         return Layer(self._norm("attention_norm", i), attention, self._norm("mlp_norm", i), mlp)
 
     def _experts(self, layer: int) -> ExpertWeights:
+        packed = self.restored and self.restored.experts(f"layers.{layer}.experts")
+        if packed:
+            return packed
         if self.gate_up_apart:
             roles = ("stacked_gate", "stacked_up", "stacked_down")
             names = [self._name(role, layer) for role in roles]
@@ -264,9 +348,9 @@ class _Reader:
         if self.stacked:
             gate_up = self._tensor("stacked_gate_up", layer)
             inner = self.config.moe_intermediate_size
-            gate, up = (_rows(gate_up, begin, begin + inner) for begin in (0, inner))
-            down = self._tensor("stacked_down", layer)
-            return ExpertWeights(*map(self._store, (gate, up, down)))
+            gate, up = (self._store_stack(_rows(gate_up, n, n + inner)) for n in (0, inner))
+            del gate_up  # before down is read: with a format, nobody needs it any more
+            return ExpertWeights(gate, up, self._store_stack(self._tensor("stacked_down", layer)))
         roles = ("expert_gate", "expert_up", "expert_down")
         try:
             return ExpertWeights(*(self._stack(role, layer) for role in roles))
@@ -298,16 +382,27 @@ class _Reader:
             if isinstance(weight, QuantTensor):
                 return weight
             return QuantTensor(file.info(name).type.format, weight.shape, {"data": weight})
-        shape = file.info(name).shape
+        return self._anew(file.info(name).shape, lambda rows: file.tensor(name, rows=rows))
+
+    def _store_stack(self, weight: Tensor | QuantTensor) -> QuantTensor:
+        """A stack of experts as stored, or in the format that is wanted."""
+        if self.format in (None, getattr(weight, "format", None)):
+            return self._store(weight)
+        return self._anew(tuple(weight.shape), weight.__getitem__)
+
+    def _anew(
+        self, shape: tuple[int, ...], some: Callable[[slice], Tensor | QuantTensor]
+    ) -> QuantTensor:
+        """A stack [num_experts, O, I] in the format that is wanted, a few experts at a time."""
+        assert self.format is not None
         parts = {
             part: torch.empty(size, dtype=dtype)
             for part, (size, dtype) in self.format.part_specs(shape).items()
         }
-        for begin in range(0, shape[0], EXPERTS_AT_ONCE):
-            rows = slice(begin, begin + EXPERTS_AT_ONCE)
-            weight = file.tensor(name, rows=rows)
-            some = weight.dequantize() if isinstance(weight, QuantTensor) else weight
-            for part, stored in self._store(some).parts.items():
+        step = max(1, WEIGHTS_AT_ONCE // math.prod(shape[1:]))
+        for begin in range(0, shape[0], step):
+            rows = slice(begin, begin + step)
+            for part, stored in self._store(some(rows)).parts.items():
                 parts[part][rows] = stored
         return QuantTensor(self.format, shape, parts)
 
@@ -332,7 +427,7 @@ class _Reader:
             weight = weight.dequantize(torch.float32)
         format = self.format or get_format("bf16")
         if format.name == "bf16":
-            return QuantTensor.quantize(weight.contiguous(), format)
+            return QuantTensor.quantize(weight, format)
         return ops.quantize(weight, format)
 
 
@@ -340,7 +435,7 @@ def _rows(weight: Tensor | QuantTensor, begin: int, end: int) -> Tensor | QuantT
     """Some rows of each matrix of a stack [num_experts, O, I]."""
     if not isinstance(weight, QuantTensor):
         return weight[:, begin:end]
-    parts = {name: part[:, begin:end].contiguous() for name, part in weight.parts.items()}
+    parts = {name: part[:, begin:end] for name, part in weight.parts.items()}
     return QuantTensor(weight.format, (weight.shape[0], end - begin, weight.shape[2]), parts)
 
 

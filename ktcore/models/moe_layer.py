@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -51,6 +53,12 @@ class MoeLayer:
         self(torch.zeros(1, self.experts.hidden_size))
         if release and self.experts.packed:
             self.experts.release()
+
+    def packed_weights(self, name: str) -> Iterator[tuple[str, Request, ExpertWeights]]:
+        """The experts, which a backend may have packed, with the operator call that reads them."""
+        for purpose, request in self.requests(1):
+            if request.op == "moe":
+                yield f"{name}.{purpose}", request, self.experts
 
     def requests(self, tokens: int) -> list[tuple[str, Request]]:
         """The operator calls for so many tokens, beside the router's, with what they are for."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -63,6 +65,11 @@ class Projection:
         if release and self.stored.packed:
             self.stored.release()
 
+    def packed_weights(self, name: str) -> Iterator[tuple[str, Request, QuantTensor]]:
+        """What a backend may have packed, as `name`, with the operator call that reads it."""
+        for request in self.requests(1):
+            yield name, request, self.stored
+
     def requests(self, tokens: int) -> list[Request]:
         """The operator calls that this makes; none where torch computes it."""
         if self.stored is None:
@@ -99,6 +106,12 @@ class SideBySide:
         for part in self.parts:
             part.prepare(release)
 
+    def packed_weights(self, name: str) -> Iterator[tuple[str, Request, QuantTensor]]:
+        """Nothing unless all parts can be packed: they are one under their name."""
+        if not self.torch_weights:
+            for part in self.parts:
+                yield from part.packed_weights(name)
+
     def requests(self, tokens: int) -> list[Request]:
         return [request for part in self.parts for request in part.requests(tokens)]
 
@@ -116,13 +129,15 @@ def joined(
             runs[-1].append(i)
         else:
             runs.append([i])
-    parts = [
-        Projection(
-            _concatenated([weights[i] for i in run]),
-            None if biases is None else torch.cat([biases[i] for i in run]),
-        )
-        for run in runs
-    ]
+    matrices = [_concatenated([weights[i] for i in run]) for run in runs]
+    return beside(matrices, None if biases is None else torch.cat(biases))
+
+
+def beside(matrices: list[Tensor | QuantTensor], bias: Tensor | None) -> Projection | SideBySide:
+    """Matrices [O, I] of the same input, as they are; bias [sum of O] or None."""
+    sizes = [matrix.shape[0] for matrix in matrices]
+    biases = [None] * len(sizes) if bias is None else bias.split(sizes)
+    parts = [Projection(matrix, b) for matrix, b in zip(matrices, biases, strict=True)]
     return parts[0] if len(parts) == 1 else SideBySide(parts)
 
 

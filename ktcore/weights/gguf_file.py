@@ -11,6 +11,7 @@ from torch import Tensor
 from ktcore.formats import format_names
 from ktcore.weights.gguf_header import GgufHeader, GgufTensorInfo, Value, read_header, shown
 from ktcore.weights.quant_tensor import QuantTensor
+from ktcore.weights.reading import read_into
 from ktcore.weights.safetensors_file import CheckpointError
 
 SPLIT_NAME = re.compile(r"(?s)(.*)-(\d{5})-of-(\d{5})\.gguf")
@@ -48,7 +49,10 @@ class GgufFile:
         version: of the format.
         metadata: its keys and values, those of the first file of a split model.
         files: every file of the model.
+        keep_cached: leave what was read in the system's file cache, see `read_into`.
     """
+
+    keep_cached = True
 
     def __init__(self, path: str | Path):
         """Raises CheckpointError if there is no sound GGUF file, or a part of it is missing."""
@@ -142,7 +146,13 @@ class GgufFile:
         if why is not None:
             raise CheckpointError(file, f"tensor {name!r} {why}")
         data = torch.empty((last - first) * row_bytes, dtype=torch.uint8)
-        _read(file, name, info.begin + first * row_bytes, data)
+        begin, target = info.begin + first * row_bytes, memoryview(data.numpy())
+        try:
+            whole = read_into(file, begin, target, self.keep_cached)
+        except OSError as error:
+            raise CheckpointError(file, f"cannot be read: {error.strerror or error}") from error
+        if not whole:
+            raise CheckpointError(file, f"tensor {name!r} is cut short")
         if not quantised:
             return data.view(info.dtype).reshape(taken)
         line = info.shape[-1] // info.type.block * info.type.nbytes
@@ -180,19 +190,3 @@ def _sibling(path: Path, number: int, count: int) -> GgufHeader:
             f"{found[0] + 1} of {found[1]}",
         )
     return header
-
-
-def _read(file: Path, name: str, begin: int, data: Tensor) -> None:
-    """Fill `data` [bytes] with the file's bytes from `begin`."""
-    view = memoryview(data.numpy())
-    done = 0
-    try:
-        with file.open("rb", buffering=0) as handle:
-            handle.seek(begin)
-            while done < len(view):  # one call reads 2 GiB at most
-                count = handle.readinto(view[done:])
-                if not count:
-                    raise CheckpointError(file, f"tensor {name!r} is cut short")
-                done += count
-    except OSError as error:
-        raise CheckpointError(file, f"cannot be read: {error.strerror or error}") from error

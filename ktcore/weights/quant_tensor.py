@@ -61,6 +61,20 @@ class QuantTensor:
         self.handle = register(self)
 
     @classmethod
+    def from_packed(
+        cls, format: str | Format, shape: tuple[int, ...], packed: dict[str, object]
+    ) -> QuantTensor:
+        """A weight on the CPU that exists packed only, as after `release`."""
+        format, shape = get_format(format), tuple(shape)
+        nothing = {
+            part: torch.empty(size, dtype=dtype, device="meta")
+            for part, (size, dtype) in format.part_specs(shape).items()
+        }
+        weight = cls(format, shape, nothing)
+        weight.parts, weight.device, weight.packed = {}, torch.device("cpu"), dict(packed)
+        return weight
+
+    @classmethod
     def quantize(cls, tensor: Tensor, format: str | Format) -> QuantTensor:
         """Store a float tensor [..., O, I] with the format's reference quantiser."""
         format = get_format(format)
@@ -91,8 +105,9 @@ class QuantTensor:
         """Raises RuntimeError if the stored parts have been released."""
         if not self.parts:
             raise RuntimeError(
-                f"this weight's stored form was released; it only exists packed for "
-                f"{', '.join(self.packed) or 'a backend'}: load it again to use it otherwise"
+                "this weight's stored form was released, or never read because a cache had it "
+                f"packed; it only exists packed for {', '.join(self.packed) or 'a backend'}: load "
+                "it again (release=False) to use it otherwise"
             )
 
     def __getitem__(self, index: int | slice) -> QuantTensor:

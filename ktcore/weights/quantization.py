@@ -477,6 +477,15 @@ class QuantizedCheckpoint:
         self._left_out = [(field, e) for field in LEFT_OUT for e in _texts(settings, field)]
         self._stored = functools.lru_cache(maxsize=1)(self._find)
 
+    @property
+    def keep_cached(self) -> bool:
+        """See `Checkpoint`."""
+        return self.checkpoint.keep_cached
+
+    @keep_cached.setter
+    def keep_cached(self, value: bool) -> None:
+        self.checkpoint.keep_cached = value
+
     def names(self) -> list[str]:
         """Names of the stored tensors."""
         return self.checkpoint.names()

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ktcore.weights.reading import read_into
+
 MAX_HEADER = 100_000_000  # the format's own limit
 MAX_DIMENSIONS = 16
 
@@ -157,7 +159,12 @@ class Checkpoint:
 
     What is not asked for is not read. Files are read, not mapped: one that is cut short while in
     use is then an error, where a mapping would kill the process.
+
+    Attributes:
+        keep_cached: leave what was read in the system's file cache, see `read_into`.
     """
+
+    keep_cached = True
 
     INDEX = "model.safetensors.index.json"
     SINGLE = "model.safetensors"
@@ -230,13 +237,11 @@ class Checkpoint:
             )
         if info.begin == info.end:
             return torch.empty(info.shape, dtype=info.dtype)
-        data = bytearray(info.end - info.begin)
+        data = torch.empty(info.end - info.begin, dtype=torch.uint8)
         try:
-            with file.open("rb") as handle:
-                handle.seek(info.begin)
-                count = handle.readinto(data)
+            whole = read_into(file, info.begin, memoryview(data.numpy()), self.keep_cached)
         except OSError as error:
             raise CheckpointError(file, f"cannot be read: {error.strerror or error}") from error
-        if count != len(data):
+        if not whole:
             raise CheckpointError(file, f"tensor {name!r} is cut short")
-        return torch.frombuffer(data, dtype=torch.uint8).view(info.dtype).reshape(info.shape)
+        return data.view(info.dtype).reshape(info.shape)
