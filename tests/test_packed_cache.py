@@ -445,9 +445,11 @@ def test_replaced_while_in_use(folder):
 
 def test_packed_weights_over_memory():
     ext = _native.ext
-    layout = ext.WeightLayout("nibbles", scale_type=1, offsets=True, levels=range(-8, 8))
+    layout = ext.WeightLayout(
+        "table4", scale_type=1, span=8, inner_scales=True, offsets=True, levels=range(-8, 8)
+    )
     assert ext.WeightLayout(**json.loads(json.dumps(layout.describe()))) == layout
-    assert ext.WeightLayout("nibbles", scale_type=1, offsets=True) != layout
+    assert ext.WeightLayout("table4", scale_type=1, span=8, offsets=True) != layout
     own = ext.PackedMatrix(layout, 40, 100)
     memory = mmap.mmap(-1, own.nbytes)
     memory[:] = memoryview(own)
@@ -458,7 +460,7 @@ def test_packed_weights_over_memory():
     with pytest.raises(BufferError):
         memory.close()  # it is in use
     with pytest.raises(RuntimeError, match="to be read"):
-        other.pack(1, 1, 1, 32)
+        other.pack(1, 1, 1, 1, scale_size=256, group_size=32)
     with pytest.raises(ValueError, match="memory: expected"):
         ext.PackedMatrix(layout, 41, 2000, memory)
     with pytest.raises(ValueError, match="memory: expected"):
