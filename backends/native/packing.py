@@ -5,6 +5,7 @@ Packed once, at first use, and kept on the weights object; all CPU instruction s
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import threading
@@ -16,7 +17,8 @@ from torch import Tensor
 
 import ktcore
 from ktcore import _native
-from ktcore.formats import Codes, Floats, Format
+from ktcore.formats import BlockCodes, Codes, Floats, Format
+from ktcore.formats.integer import BYTES
 from ktcore.weights import ExpertWeights, QuantTensor
 from ktcore.weights.packed_cache import Layout
 
@@ -57,11 +59,12 @@ class _Matrix:
     inner_offsets: Tensor | None = None
     scale_size: int = 0
     group_size: int = 0
+    blocks: tuple[int, int, list[tuple[int, ...]]] = (0, 0, [])
 
-    def arguments(self) -> tuple[int, ...]:
+    def arguments(self) -> tuple:
         tensors = (self.data, self.scales, self.offsets, self.inner_scales, self.inner_offsets)
         addresses = (0 if t is None else t.data_ptr() for t in tensors)
-        return (*addresses, self.scale_size, self.group_size)
+        return (*addresses, self.scale_size, self.group_size, self.blocks)
 
 
 def _smallest_type(least: torch.dtype | None, *values: Tensor | None) -> torch.dtype:
@@ -108,7 +111,7 @@ class _Packer:
             floats = self.format.floats(weight.parts, weight.shape)
             assert floats is not None, self.format.name
             return floats
-        codes = self.format.codes(weight.parts, weight.shape)
+        codes = self.format.codes(weight.parts, weight.shape, blocks=True)
         assert codes is not None and codes.columns is None, self.format.name
         return codes
 
@@ -125,12 +128,14 @@ class _Packer:
         if isinstance(stored, Floats):
             scales = contiguous(stored.scales)
             return _Matrix(stored.data.contiguous(), scales, scale_size=stored.scale_size)
-        data = stored.codes
-        if _code_layout(stored.levels.tolist())[0] == "codes8":
-            if stored.levels[0] == -128 and len(stored.levels) == 256:
-                data = data ^ 128
-            else:
-                data = stored.levels.view(torch.uint8)[data.long()]
+        data, levels = stored.codes, stored.levels
+        blocks = (0, 0, [])
+        if _code_layout(levels.tolist())[0] == "codes8" and not torch.equal(levels, BYTES):
+            assert isinstance(data, Tensor), self.format.name
+            data = levels.view(torch.uint8)[data.long()]
+        if isinstance(data, BlockCodes):
+            fields = [dataclasses.astuple(field) for field in data.fields]
+            data, blocks = data.data, (data.block_size, data.type_size, fields)
         return _Matrix(
             data.contiguous(),
             contiguous(stored.scales),
@@ -139,6 +144,7 @@ class _Packer:
             contiguous(stored.inner_offsets),
             stored.scale_size,
             stored.group_size,
+            blocks,
         )
 
     def layout(self, stored: Codes | Floats, columns: int) -> object:

@@ -4,6 +4,8 @@
 #include <pybind11/stl.h>
 
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "common/checksum.h"
 #include "common/cpu_features.h"
@@ -80,9 +82,14 @@ void need(const char* name, bool wanted, uintptr_t address) {
   }
 }
 
+// block_size, type_size and fields (at, size, bits, run, shift): see CodeField.
+using BlockArguments =
+    std::tuple<int64_t, int64_t, std::vector<std::tuple<int64_t, int64_t, int, int64_t, int>>>;
+
 StoredMatrix stored_matrix(const WeightLayout& layout, uintptr_t data, uintptr_t scales,
                            uintptr_t offsets, uintptr_t inner_scales, uintptr_t inner_offsets,
-                           int64_t scale_size, int64_t group_size) {
+                           int64_t scale_size, int64_t group_size, int64_t cols,
+                           const BlockArguments& blocks) {
   need("data", true, data);
   need("scales", layout.scaled() || layout.format == WeightFormat::int8, scales);
   if (layout.scaled()) {
@@ -100,6 +107,23 @@ StoredMatrix stored_matrix(const WeightLayout& layout, uintptr_t data, uintptr_t
   out.inner_offsets = pointer<const int8_t>(inner_offsets);
   out.scale_size = scale_size;
   out.group_size = group_size;
+  const auto& [block_size, type_size, fields] = blocks;
+  if (fields.empty()) return out;
+  const auto check = [](bool sound) {
+    if (!sound) throw std::invalid_argument("blocks: the fields are not those of such blocks");
+  };
+  check(layout.code_bits() > 0 && block_size > 0 && block_size % kGroup == 0 &&
+        cols % block_size == 0);
+  for (const auto& [at, size, bits, run, shift] : fields) {
+    check(at >= 0 && size > 0 && at <= type_size && size <= type_size - at);
+    check(bits == 1 || bits == 2 || bits == 4 || bits == 8);
+    check(shift >= 0 && shift + bits <= 8 && size == block_size * bits / 8);
+    // A step of 32 columns or of a run has all its bits at the same places.
+    check(run > 0 && size % run == 0 && (run % kGroup == 0 || kGroup % run == 0));
+    out.fields.push_back({at, size, bits, run, shift});
+  }
+  out.block_size = block_size;
+  out.type_size = type_size;
   return out;
 }
 
@@ -266,16 +290,16 @@ PYBIND11_MODULE(_C, m) {
           "pack",
           [](PackedMatrix& self, uintptr_t data, uintptr_t scales, uintptr_t offsets,
              uintptr_t inner_scales, uintptr_t inner_offsets, int64_t scale_size,
-             int64_t group_size) {
+             int64_t group_size, const BlockArguments& blocks) {
             const StoredMatrix stored =
                 stored_matrix(self.layout, data, scales, offsets, inner_scales, inner_offsets,
-                              scale_size, group_size);
+                              scale_size, group_size, self.cols, blocks);
             py::gil_scoped_release release;
             self.pack(stored);
           },
           py::arg("data"), py::arg("scales") = 0, py::arg("offsets") = 0,
           py::arg("inner_scales") = 0, py::arg("inner_offsets") = 0, py::arg("scale_size") = 0,
-          py::arg("group_size") = 0)
+          py::arg("group_size") = 0, py::arg("blocks") = BlockArguments{})
       .def_readonly("layout", &PackedMatrix::layout)
       .def_readonly("rows", &PackedMatrix::rows)
       .def_readonly("cols", &PackedMatrix::cols);
@@ -301,7 +325,7 @@ PYBIND11_MODULE(_C, m) {
           "pack",
           [](PackedExperts& self, int64_t expert, const std::string& projection, uintptr_t data,
              uintptr_t scales, uintptr_t offsets, uintptr_t inner_scales, uintptr_t inner_offsets,
-             int64_t scale_size, int64_t group_size) {
+             int64_t scale_size, int64_t group_size, const BlockArguments& blocks) {
             if (expert < 0 || expert >= self.num_experts) throw std::out_of_range("expert");
             PackedExperts::Projection p;
             if (projection == "gate")
@@ -315,14 +339,17 @@ PYBIND11_MODULE(_C, m) {
                                           projection + "'");
             const WeightLayout& layout =
                 p == PackedExperts::Projection::down ? self.down_layout : self.gate_up_layout;
-            const StoredMatrix stored = stored_matrix(layout, data, scales, offsets, inner_scales,
-                                                      inner_offsets, scale_size, group_size);
+            const StoredMatrix stored = stored_matrix(
+                layout, data, scales, offsets, inner_scales, inner_offsets, scale_size, group_size,
+                p == PackedExperts::Projection::down ? self.intermediate_size : self.hidden_size,
+                blocks);
             py::gil_scoped_release release;
             self.pack(expert, p, stored);
           },
           py::arg("expert"), py::arg("projection"), py::arg("data"), py::arg("scales") = 0,
           py::arg("offsets") = 0, py::arg("inner_scales") = 0, py::arg("inner_offsets") = 0,
-          py::arg("scale_size") = 0, py::arg("group_size") = 0)
+          py::arg("scale_size") = 0, py::arg("group_size") = 0,
+          py::arg("blocks") = BlockArguments{})
       .def_readonly("gate_up_layout", &PackedExperts::gate_up_layout)
       .def_readonly("down_layout", &PackedExperts::down_layout)
       .def_readonly("num_experts", &PackedExperts::num_experts)

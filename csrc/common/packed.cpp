@@ -118,19 +118,45 @@ void pack_bits(const uint8_t* codes, int shift, int count, uint8_t* to) {
   }
 }
 
+// 32 codes of a row from a column on, out of the file's blocks.
+void unpack_block(const StoredMatrix& m, int64_t row, int64_t column, uint8_t* codes) {
+  const auto* block = static_cast<const uint8_t*>(m.data) +
+                      (row * (m.cols / m.block_size) + column / m.block_size) * m.type_size;
+  column %= m.block_size;
+  std::memset(codes, 0, kGroup);
+  for (const CodeField& f : m.fields) {
+    const int64_t of_run = f.run * 8 / f.bits;  // codes
+    const auto mask = static_cast<uint8_t>((1 << f.bits) - 1);
+    const int64_t step = f.run < kGroup ? f.run : kGroup;
+    for (int64_t i = 0; i < kGroup; i += step) {
+      const int64_t place = (column + i) % of_run;
+      const uint8_t* from = block + f.at + (column + i) / of_run * f.run + place % f.run;
+      const int down = static_cast<int>(place / f.run) * f.bits;
+      for (int64_t j = 0; j < step; ++j) {
+        codes[i + j] |= static_cast<uint8_t>(((from[j] >> down) & mask) << f.shift);
+      }
+    }
+  }
+}
+
 void pack_codes(const StoredMatrix& m, int64_t row0, int64_t rows, uint8_t* out) {
   const int bits = static_cast<int>(m.layout.code_bits());
   const int low = bits == 8 ? 8 : bits >= 4 ? 4 : 2;
-  for (int64_t r = 0; r < rows; ++r) {
-    const auto* src = static_cast<const uint8_t*>(m.data) + (row0 + r) * m.cols;
-    uint8_t* to = out + r * 4;
-    for (int64_t k = 0; k < m.cols; k += kGroup, to += m.layout.group_bytes()) {
+  uint8_t* group = out;
+  // Group by group, so that what is written stays in the first-level cache.
+  for (int64_t k = 0; k < m.cols; k += kGroup, group += m.layout.group_bytes()) {
+    for (int64_t r = 0; r < rows; ++r) {
       // What pads the columns does not matter: their activations are 0.
       uint8_t codes[kGroup] = {};
-      const int64_t left = m.cols - k;
-      std::memcpy(codes, src + k, static_cast<size_t>(left < kGroup ? left : kGroup));
-      pack_bits(codes, 0, low, to);
-      if (bits > low) pack_bits(codes, low, bits - low, to + low * kUnitBytes);
+      if (m.fields.empty()) {
+        const auto* src = static_cast<const uint8_t*>(m.data) + (row0 + r) * m.cols + k;
+        const int64_t left = m.cols - k;
+        std::memcpy(codes, src, static_cast<size_t>(left < kGroup ? left : kGroup));
+      } else {
+        unpack_block(m, row0 + r, k, codes);
+      }
+      pack_bits(codes, 0, low, group + r * 4);
+      if (bits > low) pack_bits(codes, low, bits - low, group + low * kUnitBytes + r * 4);
     }
   }
   pack_scales(m, row0, rows, out);

@@ -31,6 +31,8 @@
 // and columns to whole groups with zero weights.
 #pragma once
 
+#include <vector>
+
 #include "common/buffer.h"
 #include "common/platform.h"
 #include "common/types.h"
@@ -121,12 +123,23 @@ struct WeightLayout {
   }
 };
 
+// Bits [shift, shift + bits) of the codes of a block: see Field in ktcore/formats/base.py.
+struct CodeField {
+  int64_t at, size;
+  int bits;
+  int64_t run;
+  int shift;
+};
+
 // One matrix to pack, rows contiguous.
 struct StoredMatrix {
   WeightLayout layout;
   int64_t rows, cols;
-  // Numbers of the format's type [rows][cols]; codes are bytes.
+  // Numbers of the format's type [rows][cols]; codes are bytes or, where there are fields, blocks of
+  // block_size codes, a multiple of 32, in type_size bytes [rows][cols / block_size].
   const void* data;
+  std::vector<CodeField> fields = {};
+  int64_t block_size = 0, type_size = 0;
   // Of floats [rows][ceil(cols / scale_size)], int8: [rows]; null for bf16, f16 and f32. Offsets and
   // inner scales and offsets (signed bytes [rows][ceil(cols / group_size)]) where the layout has them.
   const float* scales = nullptr;

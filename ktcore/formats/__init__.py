@@ -5,9 +5,18 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from ktcore.formats.base import Codes, Floats, Format, Parts
+from ktcore.formats.base import BlockCodes, Codes, Floats, Format, Parts
 
-__all__ = ["Codes", "Floats", "Format", "Parts", "define", "format_names", "get_format"]
+__all__ = [
+    "BlockCodes",
+    "Codes",
+    "Floats",
+    "Format",
+    "Parts",
+    "define",
+    "format_names",
+    "get_format",
+]
 
 _FORMATS: dict[str, Format] = {
     format.name: format

@@ -110,7 +110,7 @@ class GroupedInteger(Format):
             return spread(values, self._size(shape[-1]), shape[-1])
         return values.gather(-1, grouped.g_idx.to(torch.int64)[..., None, :].expand(shape))
 
-    def codes(self, parts: Parts, shape: Shape) -> Codes:
+    def codes(self, parts: Parts, shape: Shape, *, blocks: bool = False) -> Codes:
         """In act-order `columns` is [..., I], as the experts of a stack differ.
 
         Raises:

@@ -14,6 +14,44 @@ Parts = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
+class Field:
+    """Where a block of codes has some of their bits.
+
+    Bytes come in runs; of each run first the lowest bits of all its bytes are codes in turn, then
+    the next higher.
+
+    Attributes:
+        at, size: bytes [at, at + size) of a block.
+        bits: 1, 2, 4 or 8 of each code.
+        run: bytes of a run.
+        shift: which bits of the code they are: [shift, shift + bits).
+    """
+
+    at: int
+    size: int
+    bits: int
+    run: int
+    shift: int = 0
+
+
+@dataclass(frozen=True)
+class BlockCodes:
+    """Codes as a file has them: rows of blocks.
+
+    Attributes:
+        data: uint8 [..., O, I / block_size * type_size].
+        fields: where a block's codes are.
+        block_size: codes of a block.
+        type_size: bytes of a block.
+    """
+
+    data: Tensor
+    fields: tuple[Field, ...]
+    block_size: int
+    type_size: int
+
+
+@dataclass(frozen=True)
 class Codes:
     """A weight [..., O, I] as small integers: what integer kernels pack, whatever the file.
 
@@ -27,7 +65,7 @@ class Codes:
     `inner_offsets` alone, scales take the place of offsets: that is what zero points are.
 
     Attributes:
-        codes: uint8 [..., O, I].
+        codes: uint8 [..., O, I], or as a file has them.
         levels: int8 [number of codes], the integer that each code stands for.
         scales: float32 [..., O, ceil(I / scale_size)].
         offsets: float32, the same shape, or None.
@@ -39,7 +77,7 @@ class Codes:
             formats whose groups are not neighbours (GPTQ's act-order) sort them so.
     """
 
-    codes: Tensor
+    codes: Tensor | BlockCodes
     levels: Tensor
     scales: Tensor
     offsets: Tensor | None
@@ -51,6 +89,7 @@ class Codes:
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Scales and offsets of every group, [..., O, ceil(I / group_size)]."""
+        assert isinstance(self.codes, Tensor)
         count = -(-self.codes.shape[-1] // self.group_size)
 
         def spread(outer: Tensor) -> Tensor:
@@ -125,8 +164,11 @@ class Format(abc.ABC):
     def dequantize(self, parts: Parts, shape: Shape, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [..., O, I] that parts stand for, computed in float32 (or float64)."""
 
-    def codes(self, parts: Parts, shape: Shape) -> Codes | None:
-        """The weight as small integers, None for a format that does not store such."""
+    def codes(self, parts: Parts, shape: Shape, *, blocks: bool = False) -> Codes | None:
+        """The weight as small integers, None for a format that does not store such.
+
+        With `blocks`, codes may be left as the file has them (`BlockCodes`).
+        """
         return None
 
     def floats(self, parts: Parts, shape: Shape) -> Floats | None:

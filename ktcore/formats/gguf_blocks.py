@@ -13,25 +13,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ktcore.formats.base import Codes, Format, Parts, Shape
+from ktcore.formats.base import BlockCodes, Codes, Field, Format, Parts, Shape
 
 # Blocks quantised at a time: bounds the memory of the searches for scales.
 CHUNK_WEIGHTS = 1 << 20
 
 
 @dataclass(frozen=True)
-class Unpacked:
-    """What N blocks hold, as in `Codes`.
+class Scales:
+    """The scales and offsets of N blocks, as in `Codes`.
 
     Attributes:
-        codes: uint8 [N, block_size].
         scales: float32 [N, 1].
         inner_scales: [N, block_size / group_size], small integers, or None.
         offsets: float32 [N, 1], or None.
         inner_offsets: as inner_scales.
     """
 
-    codes: Tensor
     scales: Tensor
     inner_scales: Tensor | None = None
     offsets: Tensor | None = None
@@ -53,13 +51,15 @@ class Unpacked:
 class BlockFormat(Format):
     """A GGUF block type. Parts: data uint8 [..., O, I / block_size * type_size].
 
-    A type says how a block is taken apart (`unpack`) and, where users quantise to it, put together
-    (`pack`). All arithmetic is here: value = scale * levels[codes] + offset. A scale is a float16
-    times a small integer and a level a small integer, so their product has at most 24 bits and
-    float32 rounds once, where an offset is added.
+    A type says how a block is taken apart (`code_fields` or `unpack_codes`, and
+    `unpack_scales`) and, where users quantise to it, put together (`pack`). All arithmetic is here:
+    value = scale * levels[codes] + offset. A scale is a float16 times a small integer and a level a
+    small integer, so their product has at most 24 bits and float32 rounds once, where an offset is
+    added.
 
     Attributes:
         type_size: bytes of a block.
+        code_fields: where the codes are; empty for a type that numbers the entries of a codebook.
         levels: the integer that each code stands for.
         scale_dtype: what the scales and offsets of a block fit without loss.
         halves: where a block has float16 scales and offsets: byte offset, and about how large that
@@ -68,6 +68,7 @@ class BlockFormat(Format):
 
     type_size: int
     group_size: int
+    code_fields: tuple[Field, ...] = ()
     levels: tuple[int, ...]
     scale_dtype = torch.float16
     halves: tuple[tuple[int, float], ...]
@@ -78,9 +79,19 @@ class BlockFormat(Format):
         self.aliases = (self.name.upper(),)
         self.bits = self.type_size * 8 / self.block_size
 
+    def unpack_codes(self, blocks: Tensor) -> Tensor:
+        """The codes uint8 [N, block_size] of blocks uint8 [N, type_size]."""
+        first, *others = (
+            fields(blocks[:, f.at : f.at + f.size], f.bits, f.run) << f.shift
+            for f in self.code_fields
+        )
+        for other in others:
+            first |= other
+        return first
+
     @abc.abstractmethod
-    def unpack(self, blocks: Tensor) -> Unpacked:
-        """What blocks uint8 [N, type_size] hold."""
+    def unpack_scales(self, blocks: Tensor) -> Scales:
+        """The scales and offsets of blocks uint8 [N, type_size]."""
 
     def pack(self, x: Tensor) -> Tensor:
         """The blocks uint8 [N, type_size] nearest to x float32 [N, block_size], all finite."""
@@ -125,18 +136,23 @@ class BlockFormat(Format):
 
     def dequantize(self, parts: Parts, shape: Shape, dtype: torch.dtype = torch.float32) -> Tensor:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        unpacked = self._unpack(parts)
-        levels = torch.tensor(self.levels, dtype=wide, device=unpacked.codes.device)
-        values = look_up(levels, unpacked.codes.to(torch.int32))
+        blocks = self._blocks(parts)
+        levels = torch.tensor(self.levels, dtype=wide, device=blocks.device)
+        values = look_up(levels, self.unpack_codes(blocks).to(torch.int32))
         values = values.unflatten(-1, (-1, self.group_size))
-        scales, offsets = unpacked.factors(wide)
+        scales, offsets = self.unpack_scales(blocks).factors(wide)
         values *= scales[..., None]
         if offsets is not None:
             values += offsets[..., None]
         return values.reshape(shape).to(dtype)
 
-    def codes(self, parts: Parts, shape: Shape) -> Codes:
-        unpacked = self._unpack(parts)
+    def codes(self, parts: Parts, shape: Shape, *, blocks: bool = False) -> Codes:
+        stored = self._blocks(parts)
+        scales = self.unpack_scales(stored)
+        if blocks and self.code_fields:
+            codes = BlockCodes(parts["data"], self.code_fields, self.block_size, self.type_size)
+        else:
+            codes = self.unpack_codes(stored).reshape(shape)
 
         def of_rows(values: Tensor | None, size: int) -> Tensor | None:
             return None if values is None else values.reshape(*shape[:-1], shape[-1] // size)
@@ -145,21 +161,21 @@ class BlockFormat(Format):
             return None if values is None else of_rows(values.to(torch.int8), self.group_size)
 
         return Codes(
-            codes=unpacked.codes.reshape(shape),
-            levels=torch.tensor(self.levels, dtype=torch.int8, device=unpacked.codes.device),
-            scales=of_rows(unpacked.scales, self.block_size),
-            offsets=of_rows(unpacked.offsets, self.block_size),
+            codes=codes,
+            levels=torch.tensor(self.levels, dtype=torch.int8, device=stored.device),
+            scales=of_rows(scales.scales, self.block_size),
+            offsets=of_rows(scales.offsets, self.block_size),
             group_size=self.group_size,
             scale_size=self.block_size,
-            inner_scales=inner(unpacked.inner_scales),
-            inner_offsets=inner(unpacked.inner_offsets),
+            inner_scales=inner(scales.inner_scales),
+            inner_offsets=inner(scales.inner_offsets),
         )
 
     def exact_scale_dtype(self) -> torch.dtype:
         return self.scale_dtype
 
-    def _unpack(self, parts: Parts) -> Unpacked:
-        return self.unpack(parts["data"].reshape(-1, self.type_size))
+    def _blocks(self, parts: Parts) -> Tensor:
+        return parts["data"].reshape(-1, self.type_size)
 
     def example(self, shape: Shape, generator: torch.Generator) -> Parts:
         """Random bytes, which are every code, with scales that make values of about unit size."""
@@ -210,10 +226,7 @@ def rounded(value: Tensor) -> Tensor:
 
 
 def fields(packed: Tensor, bits: int, run: int) -> Tensor:
-    """Small unsigned integers [N, M * 8 / bits] out of bytes uint8 [N, M].
-
-    Bytes come in runs; of each run first the lowest bits of all its bytes, then the next higher.
-    """
+    """Small unsigned integers [N, M * 8 / bits] out of bytes uint8 [N, M]: see `Field`."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
     runs = packed.unflatten(-1, (-1, 1, run)) >> shifts[:, None]
     return (runs & ((1 << bits) - 1)).flatten(-3)

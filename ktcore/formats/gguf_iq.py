@@ -10,9 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ktcore.formats.base import Field
 from ktcore.formats.gguf_blocks import (
     BlockFormat,
-    Unpacked,
+    Scales,
     fields,
     half,
     half_bytes,
@@ -42,13 +43,13 @@ class _Codebook(BlockFormat):
         return entries.flatten(1) + negative * len(self.magnitudes)
 
 
-def _seven(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """Sign bits [N, 256] and 4-bit scales [N, 8] out of one word for each 32 weights [N, 8].
+def _signs(packed: Tensor) -> Tensor:
+    """Sign bits [N, 256] out of one word for each 32 weights [N, 8].
 
     A word has four times 7 sign bits, the eighth being their parity, and 4 bits of scale.
     """
     at = torch.arange(0, 28, 7, device=packed.device)
-    return signs_of_seven((packed[..., None] >> at) & 127).flatten(1), packed >> 28
+    return signs_of_seven((packed[..., None] >> at) & 127).flatten(1)
 
 
 def _wider(low: Tensor, high: Tensor) -> Tensor:
@@ -64,11 +65,14 @@ class IQ2_XXS(_Codebook):
     group_size = 32
     magnitudes = (8, 25, 43)
 
-    def unpack(self, blocks: Tensor) -> Unpacked:
+    def unpack_codes(self, blocks: Tensor) -> Tensor:
         groups = blocks[:, 2:].unflatten(-1, (8, 8))
-        negative, scales = _seven(words(groups[..., 4:].flatten(1), 4))
-        codes = self.signed(grid("iq2_xxs", groups[..., :4]), negative)
-        return Unpacked(codes, half(blocks, 0) / 8, 2 * scales + 1)
+        negative = _signs(words(groups[..., 4:].flatten(1), 4))
+        return self.signed(grid("iq2_xxs", groups[..., :4]), negative)
+
+    def unpack_scales(self, blocks: Tensor) -> Scales:
+        packed = blocks[:, 2:].unflatten(-1, (8, 8))[..., 7]
+        return Scales(half(blocks, 0) / 8, 2 * (packed >> 4) + 1)
 
 
 class IQ2_XS(_Codebook):
@@ -79,10 +83,12 @@ class IQ2_XS(_Codebook):
     group_size = 16
     magnitudes = (8, 25, 43)
 
-    def unpack(self, blocks: Tensor) -> Unpacked:
+    def unpack_codes(self, blocks: Tensor) -> Tensor:
         entries = words(blocks[:, 2:66], 2)
-        codes = self.signed(grid("iq2_xs", entries & 511), signs_of_seven(entries >> 9).flatten(1))
-        return Unpacked(codes, half(blocks, 0) / 8, 2 * fields(blocks[:, 66:], 4, 1) + 1)
+        return self.signed(grid("iq2_xs", entries & 511), signs_of_seven(entries >> 9).flatten(1))
+
+    def unpack_scales(self, blocks: Tensor) -> Scales:
+        return Scales(half(blocks, 0) / 8, 2 * fields(blocks[:, 66:], 4, 1) + 1)
 
 
 class IQ2_S(_Codebook):
@@ -93,10 +99,12 @@ class IQ2_S(_Codebook):
     group_size = 16
     magnitudes = (8, 25, 43)
 
-    def unpack(self, blocks: Tensor) -> Unpacked:
+    def unpack_codes(self, blocks: Tensor) -> Tensor:
         entries = _wider(blocks[:, 2:34], fields(blocks[:, 66:74], 2, 1))
-        codes = self.signed(grid("iq2_s", entries), fields(blocks[:, 34:66], 1, 1))
-        return Unpacked(codes, half(blocks, 0) / 8, 2 * fields(blocks[:, 74:], 4, 1) + 1)
+        return self.signed(grid("iq2_s", entries), fields(blocks[:, 34:66], 1, 1))
+
+    def unpack_scales(self, blocks: Tensor) -> Scales:
+        return Scales(half(blocks, 0) / 8, 2 * fields(blocks[:, 74:], 4, 1) + 1)
 
 
 class IQ3_XXS(_Codebook):
@@ -107,10 +115,11 @@ class IQ3_XXS(_Codebook):
     group_size = 32
     magnitudes = (4, 12, 20, 28, 36, 44, 52, 62)
 
-    def unpack(self, blocks: Tensor) -> Unpacked:
-        negative, scales = _seven(words(blocks[:, 66:], 4))
-        codes = self.signed(grid("iq3_xxs", blocks[:, 2:66]), negative)
-        return Unpacked(codes, half(blocks, 0) / 4, 2 * scales + 1)
+    def unpack_codes(self, blocks: Tensor) -> Tensor:
+        return self.signed(grid("iq3_xxs", blocks[:, 2:66]), _signs(words(blocks[:, 66:], 4)))
+
+    def unpack_scales(self, blocks: Tensor) -> Scales:
+        return Scales(half(blocks, 0) / 4, 2 * (blocks[:, 69::4] >> 4) + 1)
 
 
 class IQ3_S(_Codebook):
@@ -121,10 +130,12 @@ class IQ3_S(_Codebook):
     group_size = 32
     magnitudes = (1, 3, 5, 7, 9, 11, 13, 15)
 
-    def unpack(self, blocks: Tensor) -> Unpacked:
+    def unpack_codes(self, blocks: Tensor) -> Tensor:
         entries = _wider(blocks[:, 2:66], fields(blocks[:, 66:74], 1, 1))
-        codes = self.signed(grid("iq3_s", entries), fields(blocks[:, 74:106], 1, 1))
-        return Unpacked(codes, half(blocks, 0), 2 * fields(blocks[:, 106:], 4, 1) + 1)
+        return self.signed(grid("iq3_s", entries), fields(blocks[:, 74:106], 1, 1))
+
+    def unpack_scales(self, blocks: Tensor) -> Scales:
+        return Scales(half(blocks, 0), 2 * fields(blocks[:, 106:], 4, 1) + 1)
 
 
 class IQ1_S(_Codebook):
@@ -142,13 +153,15 @@ class IQ1_S(_Codebook):
         super().__init__()
         self.levels = (*self.magnitudes, *(m - 2 for m in self.magnitudes))
 
-    def unpack(self, blocks: Tensor) -> Unpacked:
+    def unpack_codes(self, blocks: Tensor) -> Tensor:
         high = words(blocks[:, 34:], 2)
         at = torch.arange(0, 12, 3, device=blocks.device)
         entries = _wider(blocks[:, 2:34], ((high[..., None] >> at) & 7).flatten(1))
         negative = (high >> 15).to(torch.uint8).repeat_interleave(32, -1)
-        scales = 2 * (high >> 12 & 7) + 1
-        return Unpacked(self.signed(grid("iq1_s", entries), negative), half(blocks, 0) / 8, scales)
+        return self.signed(grid("iq1_s", entries), negative)
+
+    def unpack_scales(self, blocks: Tensor) -> Scales:
+        return Scales(half(blocks, 0) / 8, 2 * (words(blocks[:, 34:], 2) >> 12 & 7) + 1)
 
 
 class IQ1_M(IQ1_S):
@@ -162,17 +175,19 @@ class IQ1_M(IQ1_S):
     group_size = 16
     halves = ()
 
-    def unpack(self, blocks: Tensor) -> Unpacked:
+    def unpack_codes(self, blocks: Tensor) -> Tensor:
         high = fields(blocks[:, 32:48], 4, 1)
         entries = _wider(blocks[:, :32], high & 7)
-        negative = (high >> 3).repeat_interleave(8, -1)
+        return self.signed(grid("iq1_s", entries), (high >> 3).repeat_interleave(8, -1))
+
+    def unpack_scales(self, blocks: Tensor) -> Scales:
         packed = words(blocks[:, 48:], 2)
         at = torch.arange(0, 12, 3, device=blocks.device)
         scales = 2 * ((packed[..., None] >> at) & 7).flatten(1) + 1
         at = torch.arange(0, 16, 4, device=blocks.device)
         bits = (packed >> 12 << at).sum(-1, keepdim=True)
         d = half(torch.cat([bits & 255, bits >> 8], -1).to(torch.uint8), 0)
-        return Unpacked(self.signed(grid("iq1_s", entries), negative), d / 8, scales)
+        return Scales(d / 8, scales)
 
     def set_scales(self, blocks: Tensor, size: Tensor, generator: torch.Generator) -> None:
         """Values are about 7 d: scales 2s + 1 are about 8 and t + delta is 0.8."""
@@ -197,11 +212,12 @@ class IQ4_NL(BlockFormat):
     block_size = 32
     type_size = 18
     group_size = 32
+    code_fields = (Field(2, 16, 4, 16),)
     levels = NON_LINEAR
     halves = ((0, 1.0),)
 
-    def unpack(self, blocks: Tensor) -> Unpacked:
-        return Unpacked(fields(blocks[:, 2:], 4, 16), half(blocks, 0))
+    def unpack_scales(self, blocks: Tensor) -> Scales:
+        return Scales(half(blocks, 0))
 
     def pack(self, x: Tensor) -> Tensor:
         levels = Levels(self.levels)
@@ -217,13 +233,13 @@ class IQ4_XS(BlockFormat):
     block_size = 256
     type_size = 136
     group_size = 32
+    code_fields = (Field(8, 128, 4, 16),)
     levels = NON_LINEAR
     halves = ((0, 1.0),)
 
-    def unpack(self, blocks: Tensor) -> Unpacked:
+    def unpack_scales(self, blocks: Tensor) -> Scales:
         scales = fields(blocks[:, 4:8], 4, 1) | fields(blocks[:, 2:4], 2, 1) << 4
-        codes = fields(blocks[:, 8:], 4, 16)
-        return Unpacked(codes, half(blocks, 0), scales.to(torch.int8) - 32)
+        return Scales(half(blocks, 0), scales.to(torch.int8) - 32)
 
     def pack(self, x: Tensor) -> Tensor:
         d, scales, q = nested_symmetric(

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ktcore.formats.gguf_blocks import BlockFormat, Unpacked, fields, half, half_bytes, unfields
+from ktcore.formats.base import Field
+from ktcore.formats.gguf_blocks import BlockFormat, Scales, fields, half, half_bytes, unfields
 from ktcore.formats.gguf_search import Levels, nested_affine, nested_symmetric
 
 
@@ -28,13 +29,13 @@ class Q2_K(_K):
     name = "q2_k"
     type_size = 84
     group_size = 16
+    code_fields = (Field(16, 64, 2, 32),)
     levels = (0, 1, 2, 3)
     halves = ((80, 1.0), (82, 1.5))
 
-    def unpack(self, blocks: Tensor) -> Unpacked:
+    def unpack_scales(self, blocks: Tensor) -> Scales:
         scales, mins = blocks[:, :16] & 15, blocks[:, :16] >> 4
-        codes = fields(blocks[:, 16:80], 2, 32)
-        return Unpacked(codes, half(blocks, 80), scales, -half(blocks, 82), mins)
+        return Scales(half(blocks, 80), scales, -half(blocks, 82), mins)
 
     def pack(self, x: Tensor) -> Tensor:
         steps = [-0.5 + 0.1 * step for step in range(16)]
@@ -49,13 +50,13 @@ class Q3_K(_K):
     name = "q3_k"
     type_size = 110
     group_size = 16
+    code_fields = (Field(32, 64, 2, 32), Field(0, 32, 1, 32, 2))
     levels = tuple(range(-4, 4))
     halves = ((108, 1.0),)
 
-    def unpack(self, blocks: Tensor) -> Unpacked:
-        codes = fields(blocks[:, 32:96], 2, 32) | fields(blocks[:, :32], 1, 32) << 2
+    def unpack_scales(self, blocks: Tensor) -> Scales:
         scales = fields(blocks[:, 96:104], 4, 8) | fields(blocks[:, 104:108], 2, 4) << 4
-        return Unpacked(codes, half(blocks, 108), scales.to(torch.int8) - 32)
+        return Scales(half(blocks, 108), scales.to(torch.int8) - 32)
 
     def pack(self, x: Tensor) -> Tensor:
         targets = [-4 + 0.1 * step for step in range(-14, 10)]
@@ -94,9 +95,9 @@ class _Affine(_K):
 
     group_size = 32
 
-    def unpacked(self, codes: Tensor, blocks: Tensor) -> Unpacked:
+    def unpack_scales(self, blocks: Tensor) -> Scales:
         scales, mins = _scales_and_mins(blocks[:, 4:16])
-        return Unpacked(codes, half(blocks, 0), scales, -half(blocks, 2), mins)
+        return Scales(half(blocks, 0), scales, -half(blocks, 2), mins)
 
     def search(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The first 16 bytes of the blocks, and the codes [N, 256]."""
@@ -113,11 +114,9 @@ class Q4_K(_Affine):
 
     name = "q4_k"
     type_size = 144
+    code_fields = (Field(16, 128, 4, 32),)
     levels = tuple(range(16))
     halves = ((0, 1.0), (2, 7.5))
-
-    def unpack(self, blocks: Tensor) -> Unpacked:
-        return self.unpacked(fields(blocks[:, 16:], 4, 32), blocks)
 
     def pack(self, x: Tensor) -> Tensor:
         head, q = self.search(x)
@@ -129,12 +128,9 @@ class Q5_K(_Affine):
 
     name = "q5_k"
     type_size = 176
+    code_fields = (Field(48, 128, 4, 32), Field(16, 32, 1, 32, 4))
     levels = tuple(range(32))
     halves = ((0, 1.0), (2, 15.5))
-
-    def unpack(self, blocks: Tensor) -> Unpacked:
-        codes = fields(blocks[:, 48:], 4, 32) | fields(blocks[:, 16:48], 1, 32) << 4
-        return self.unpacked(codes, blocks)
 
     def pack(self, x: Tensor) -> Tensor:
         head, q = self.search(x)
@@ -147,12 +143,12 @@ class Q6_K(_K):
     name = "q6_k"
     type_size = 210
     group_size = 16
+    code_fields = (Field(0, 128, 4, 64), Field(128, 64, 2, 32, 4))
     levels = tuple(range(-32, 32))
     halves = ((208, 1.0),)
 
-    def unpack(self, blocks: Tensor) -> Unpacked:
-        codes = fields(blocks[:, :128], 4, 64) | fields(blocks[:, 128:192], 2, 32) << 4
-        return Unpacked(codes, half(blocks, 208), blocks[:, 192:208].view(torch.int8))
+    def unpack_scales(self, blocks: Tensor) -> Scales:
+        return Scales(half(blocks, 208), blocks[:, 192:208].view(torch.int8))
 
     def pack(self, x: Tensor) -> Tensor:
         targets = [-32 + 0.1 * step for step in range(-9, 10)]

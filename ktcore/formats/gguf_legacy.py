@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ktcore.formats.base import Field
 from ktcore.formats.gguf_blocks import (
     BlockFormat,
-    Unpacked,
-    fields,
+    Scales,
     half,
     half_bytes,
     look_up,
@@ -20,6 +20,7 @@ from ktcore.formats.gguf_blocks import (
     unfields,
 )
 from ktcore.formats.gguf_search import Levels, affine, encode_affine, symmetric
+from ktcore.formats.integer import BYTES
 
 
 class _Legacy(BlockFormat):
@@ -27,12 +28,14 @@ class _Legacy(BlockFormat):
     group_size = 32
     halves = ((0, 1.0),)
 
-    def codes_at(self, blocks: Tensor, at: int, high: int | None = None) -> Tensor:
-        """4-bit codes at a byte offset, with the fifth bits at `high`."""
-        low = fields(blocks[:, at : at + 16], 4, 16)
-        if high is None:
-            return low
-        return low | fields(blocks[:, high : high + 4], 1, 1) << 4
+    def unpack_scales(self, blocks: Tensor) -> Scales:
+        return Scales(half(blocks, 0))
+
+
+def _codes_at(at: int, high: int | None = None) -> tuple[Field, ...]:
+    """4-bit codes at a byte offset, with the fifth bits at `high`."""
+    low = Field(at, 16, 4, 16)
+    return (low,) if high is None else (low, Field(high, 4, 1, 1, 4))
 
 
 def _symmetric(highest: int) -> list[float]:
@@ -44,10 +47,8 @@ class Q4_0(_Legacy):
 
     name = "q4_0"
     type_size = 18
+    code_fields = _codes_at(2)
     levels = tuple(range(-8, 8))
-
-    def unpack(self, blocks: Tensor) -> Unpacked:
-        return Unpacked(self.codes_at(blocks, 2), half(blocks, 0))
 
     def pack(self, x: Tensor) -> Tensor:
         levels = Levels(self.levels)
@@ -61,11 +62,12 @@ class Q4_1(_Legacy):
 
     name = "q4_1"
     type_size = 20
+    code_fields = _codes_at(4)
     levels = tuple(range(16))
     halves = ((0, 1.0), (2, -7.5))
 
-    def unpack(self, blocks: Tensor) -> Unpacked:
-        return Unpacked(self.codes_at(blocks, 4), half(blocks, 0), offsets=half(blocks, 2))
+    def unpack_scales(self, blocks: Tensor) -> Scales:
+        return Scales(half(blocks, 0), offsets=half(blocks, 2))
 
     def pack(self, x: Tensor) -> Tensor:
         d, m = affine(x, 15, positive_offset=True, steps=_AFFINE)
@@ -78,10 +80,8 @@ class Q5_0(_Legacy):
 
     name = "q5_0"
     type_size = 22
+    code_fields = _codes_at(6, high=2)
     levels = tuple(range(-16, 16))
-
-    def unpack(self, blocks: Tensor) -> Unpacked:
-        return Unpacked(self.codes_at(blocks, 6, high=2), half(blocks, 0))
 
     def pack(self, x: Tensor) -> Tensor:
         levels = Levels(self.levels)
@@ -95,12 +95,12 @@ class Q5_1(_Legacy):
 
     name = "q5_1"
     type_size = 24
+    code_fields = _codes_at(8, high=4)
     levels = tuple(range(32))
     halves = ((0, 1.0), (2, -15.5))
 
-    def unpack(self, blocks: Tensor) -> Unpacked:
-        codes = self.codes_at(blocks, 8, high=4)
-        return Unpacked(codes, half(blocks, 0), offsets=half(blocks, 2))
+    def unpack_scales(self, blocks: Tensor) -> Scales:
+        return Scales(half(blocks, 0), offsets=half(blocks, 2))
 
     def pack(self, x: Tensor) -> Tensor:
         d, m = affine(x, 31, positive_offset=True, steps=_AFFINE)
@@ -114,10 +114,8 @@ class Q8_0(_Legacy):
 
     name = "q8_0"
     type_size = 34
-    levels = tuple(range(-128, 128))
-
-    def unpack(self, blocks: Tensor) -> Unpacked:
-        return Unpacked(blocks[:, 2:] ^ 128, half(blocks, 0))
+    code_fields = (Field(2, 32, 8, 32),)
+    levels = tuple(BYTES.tolist())
 
     def pack(self, x: Tensor) -> Tensor:
         levels = Levels(range(-127, 128))
@@ -135,12 +133,13 @@ class MXFP4(_Legacy):
 
     name = "gguf_mxfp4"
     type_size = 17
+    code_fields = _codes_at(1)
     levels = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
     scale_dtype = torch.bfloat16
     halves = ()
 
-    def unpack(self, blocks: Tensor) -> Unpacked:
-        return Unpacked(self.codes_at(blocks, 1), self._power(blocks[:, :1]))
+    def unpack_scales(self, blocks: Tensor) -> Scales:
+        return Scales(self._power(blocks[:, :1]))
 
     @staticmethod
     def _power(e: Tensor) -> Tensor:

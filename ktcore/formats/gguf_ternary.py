@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ktcore.formats.base import Field
 from ktcore.formats.gguf_blocks import (
     BlockFormat,
-    Unpacked,
-    fields,
+    Scales,
     half,
     half_bytes,
     rounded,
@@ -44,13 +44,16 @@ class TQ1_0(_Ternary):
     # Runs of bytes: where they begin, how many, digits in each.
     runs = ((0, 32, 5), (32, 16, 5), (48, 4, 4))
 
-    def unpack(self, blocks: Tensor) -> Unpacked:
+    def unpack_codes(self, blocks: Tensor) -> Tensor:
         codes = []
         for at, size, digits in self.runs:
             powers = torch.tensor([3**n for n in range(digits)], device=blocks.device)
             shifted = blocks[:, None, at : at + size].to(torch.int64) * powers[:, None] & 255
             codes.append((shifted * 3 >> 8).flatten(1).to(torch.uint8))
-        return Unpacked(torch.cat(codes, -1), half(blocks, 52))
+        return torch.cat(codes, -1)
+
+    def unpack_scales(self, blocks: Tensor) -> Scales:
+        return Scales(half(blocks, 52))
 
     def pack(self, x: Tensor) -> Tensor:
         d, q = self.search(x)
@@ -70,11 +73,12 @@ class TQ2_0(_Ternary):
 
     name = "tq2_0"
     type_size = 66
+    code_fields = (Field(0, 64, 2, 32),)
     levels = (-1, 0, 1, 2)
     halves = ((64, 1.0),)
 
-    def unpack(self, blocks: Tensor) -> Unpacked:
-        return Unpacked(fields(blocks[:, :64], 2, 32), half(blocks, 64))
+    def unpack_scales(self, blocks: Tensor) -> Scales:
+        return Scales(half(blocks, 64))
 
     def pack(self, x: Tensor) -> Tensor:
         d, q = self.search(x)

@@ -13,6 +13,10 @@ from ktcore.formats.base import Codes, Format, Parts, Shape
 SMALLEST = 1e-30
 
 
+# What the bytes of int8 stand for, in their order as unsigned numbers.
+BYTES = torch.arange(256, dtype=torch.uint8).view(torch.int8)
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """The type to compute in: at least float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -48,10 +52,10 @@ class Int8Channel(Format):
         wide = _wide(dtype)
         return (parts["data"].to(wide) * parts["scales"].to(wide)[..., None]).to(dtype)
 
-    def codes(self, parts: Parts, shape: Shape) -> Codes:
+    def codes(self, parts: Parts, shape: Shape, *, blocks: bool = False) -> Codes:
         return Codes(
-            codes=parts["data"].view(torch.uint8) ^ 128,
-            levels=torch.arange(-128, 128, dtype=torch.int8),
+            codes=parts["data"].view(torch.uint8),
+            levels=BYTES,
             scales=parts["scales"][..., None],
             offsets=None,
             group_size=max(1, shape[-1]),
@@ -126,7 +130,7 @@ class Int4Group32(Format):
             q = (grouped * scales.to(wide)[..., None]).flatten(-2)
         return q[..., : shape[-1]].to(dtype)
 
-    def codes(self, parts: Parts, shape: Shape) -> Codes:
+    def codes(self, parts: Parts, shape: Shape, *, blocks: bool = False) -> Codes:
         data = parts["data"]
         return Codes(
             codes=torch.stack([data & 15, data >> 4], dim=-1).flatten(-2)[..., : shape[-1]],

@@ -117,7 +117,7 @@ class MxFp4(Format):
         scales = spread(e8m0(parts["scales"], torch.float64), 32, shape[-1])
         return (e2m1(self._codes(parts, shape), torch.float64) * scales).to(wide(dtype)).to(dtype)
 
-    def codes(self, parts: Parts, shape: Shape) -> Codes:
+    def codes(self, parts: Parts, shape: Shape, *, blocks: bool = False) -> Codes:
         return Codes(
             codes=self._codes(parts, shape),
             levels=torch.tensor(LEVELS, dtype=torch.int8),
@@ -238,7 +238,7 @@ class NvFp4(Format):
         product = e2m1(self._codes(parts, shape), torch.float64) * scales
         return self._apply_global(product, parts).to(wide(dtype)).to(dtype)
 
-    def codes(self, parts: Parts, shape: Shape) -> Codes:
+    def codes(self, parts: Parts, shape: Shape, *, blocks: bool = False) -> Codes:
         scales = self._apply_global(parts["scales"].to(torch.float64) / 2, parts)
         return Codes(
             codes=self._codes(parts, shape),
