@@ -13,6 +13,27 @@ MAX_NUMBER = 1e30  # of any setting that makes sense; also keeps huge integers f
 
 
 @dataclass(frozen=True)
+class Yarn:
+    """How rotary embeddings reach beyond the positions trained on (arXiv 2309.00071).
+
+    Attributes:
+        factor: how many times as far.
+        original_length: positions trained on.
+        attention_factor: what rotated queries and keys are multiplied by.
+        beta_fast, beta_slow: turns over `original_length` from which on a frequency is left alone,
+            and up to which it is slowed by the whole factor.
+        truncate: whether the columns where that is so are rounded outwards.
+    """
+
+    factor: float
+    original_length: int
+    attention_factor: float
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
 class DecoderConfig:
     """The sizes and settings of a decoder, in the terms of Hugging Face configurations.
 
@@ -21,6 +42,7 @@ class DecoderConfig:
         renormalize: whether a token's expert weights are divided by their sum (`norm_topk_prob`).
         dense_layers: layers with one MLP of `intermediate_size` in place of experts.
         context_length: most positions a sequence may have (`max_position_embeddings`).
+        yarn: how it was made longer than that trained on, None if it was not.
     """
 
     vocab_size: int
@@ -41,6 +63,7 @@ class DecoderConfig:
     context_length: int
     attention_bias: bool
     tie_word_embeddings: bool
+    yarn: Yarn | None = None
 
 
 class Fields:

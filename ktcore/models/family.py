@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ktcore.models.config import DecoderConfig, Fields, JsonFile
+from ktcore.models.expert_layout import FUSED, GGUF, PER_EXPERT, ExpertLayout
 from ktcore.weights import GgufFile
 
 Shape = tuple[int, ...]
@@ -19,9 +20,10 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class TensorNames:
-    """What a checkpoint calls its tensors; `{layer}` and `{expert}` are filled in.
+    """What a checkpoint calls its tensors; `{layer}` is filled in.
 
-    The defaults are those of most Hugging Face decoders.
+    The defaults are those of most Hugging Face decoders. Of `experts`, the layouts that a
+    checkpoint may have, the first that it does have counts.
     """
 
     embedding: str = "model.embed_tokens.weight"
@@ -39,16 +41,7 @@ class TensorNames:
     mlp_gate: str = "model.layers.{layer}.mlp.gate_proj"
     mlp_up: str = "model.layers.{layer}.mlp.up_proj"
     mlp_down: str = "model.layers.{layer}.mlp.down_proj"
-    expert_gate: str = "model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight"
-    expert_up: str = "model.layers.{layer}.mlp.experts.{expert}.up_proj.weight"
-    expert_down: str = "model.layers.{layer}.mlp.experts.{expert}.down_proj.weight"
-    # All experts in one tensor, [num_experts, 2 * intermediate, hidden] and [num_experts, hidden,
-    # intermediate], as transformers 5 holds them.
-    stacked_gate_up: str = "model.layers.{layer}.mlp.experts.gate_up_proj"
-    stacked_down: str = "model.layers.{layer}.mlp.experts.down_proj"
-    # Gate and up in a tensor each, where a checkpoint may hold them so.
-    stacked_gate: str | None = None
-    stacked_up: str | None = None
+    experts: tuple[ExpertLayout, ...] = (FUSED, PER_EXPERT)
 
 
 # What llama.cpp calls them in GGUF files.
@@ -68,9 +61,7 @@ GGUF_NAMES = TensorNames(
     mlp_gate="blk.{layer}.ffn_gate",
     mlp_up="blk.{layer}.ffn_up",
     mlp_down="blk.{layer}.ffn_down",
-    stacked_gate="blk.{layer}.ffn_gate_exps.weight",
-    stacked_up="blk.{layer}.ffn_up_exps.weight",
-    stacked_down="blk.{layer}.ffn_down_exps.weight",
+    experts=(GGUF,),
 )
 
 

@@ -22,7 +22,8 @@ from ktcore.formats import Format, Parts, get_format
 from ktcore.formats.awq import awq
 from ktcore.formats.compressed import int8_group, packed_integer
 from ktcore.formats.fp8 import fp8_block
-from ktcore.formats.gptq import gptq
+from ktcore.formats.gptq import add_one_by_words, gptq
+from ktcore.formats.mx import e8m0
 from ktcore.weights.quant_tensor import QuantTensor
 from ktcore.weights.safetensors_file import Checkpoint, CheckpointError, TensorInfo
 
@@ -147,18 +148,23 @@ def _group_size(settings: Settings, name: str, default: object) -> int | None:
 
 
 def _fp8(linear: _Linear, block: list[int]) -> Stored:
-    """e4m3 with a scale per block, per output channel or for the whole tensor."""
+    """e4m3 with a scale per block, per output channel or for the whole tensor.
+
+    Scales per block may be e8m0, of which every number is a float32's.
+    """
     shape = linear.matrix("weight", E4M3)
     scale = "weight_scale_inv" if linear.has("weight_scale_inv") else "weight_scale"
     if block:
         format = fp8_block(*block)
-        linear.take(scale, FLOATS, format.part_specs(shape)["scales"][0])
+        linear.take(scale, (*FLOATS, torch.uint8), format.part_specs(shape)["scales"][0])
     else:
         format = get_format("fp8_e4m3")
         linear.take(scale, FLOATS, (), (1,), shape[:1], (shape[0], 1))
 
     def make(t: dict[str, Tensor]) -> Parts:
-        scales = t[scale].to(torch.float32)
+        scales = t[scale]
+        exponents = scales.dtype == torch.uint8
+        scales = e8m0(scales, torch.float32) if exponents else scales.to(torch.float32)
         if not block:
             scales = scales.reshape(-1).expand(shape[0]).contiguous()
         return {"data": t["weight"], "scales": scales}
@@ -178,6 +184,14 @@ def _fp8_of(linear: _Linear, settings: Settings) -> Stored:
     return _fp8(linear, _block(settings, "weight_block_size"))
 
 
+def _made_by(settings: Settings, tool: str) -> bool:
+    """Whether `meta.quantizer`, one "name:version" or several, names a tool."""
+    meta = settings.get("meta")
+    names = meta.get("quantizer", []) if isinstance(meta, dict) else []
+    names = names if isinstance(names, list) else [names]
+    return any(f"{tool}:" in name.lower() for name in names if isinstance(name, str))
+
+
 def _gptq(linear: _Linear, settings: Settings) -> Stored:
     bits = settings.integer("bits", least=2, most=8)
     if bits not in (2, 3, 4, 8):
@@ -188,6 +202,9 @@ def _gptq(linear: _Linear, settings: Settings) -> Stored:
         raise settings.error("checkpoint_format", f"{stated[:80]!r} is not supported")
     version = 2 if stated == "gptq_v2" else 1
     symmetric, act_order = settings.flag("sym", True), settings.flag("desc_act", False)
+    by_words = version == 1 and not symmetric and bits != 3 and _made_by(settings, "gptqmodel")
+    if by_words:
+        version = 2  # what its qzeros are made below
     packed, rows = linear.matrix("qweight", torch.int32)
     columns = linear.take("g_idx", (torch.int32,)).shape if linear.has("g_idx") else ()
     shape = (rows, columns[0] if len(columns) == 1 else packed * 32 // bits)
@@ -209,6 +226,8 @@ def _gptq(linear: _Linear, settings: Settings) -> Stored:
                 raise linear.error("g_idx", f"expected groups 0 to {groups - 1}")
         if in_order:
             parts.pop("g_idx", None)
+        if by_words:
+            parts["qzeros"] = add_one_by_words(parts["qzeros"], bits)
         if symmetric and bool((as_stored.zeros(parts.pop("qzeros"), rows) != half).any()):
             raise linear.error(
                 "qzeros", f"quantization_config says sym, but not all zero points are {half}"

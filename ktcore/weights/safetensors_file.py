@@ -33,6 +33,8 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    # Exponents, as `ktcore.formats.mx` reads them: torch has had a type of them since 2.7 only.
+    "F8_E8M0": torch.uint8,
 }
 
 
