@@ -142,7 +142,7 @@ def _places(value: object, found: list[tuple[object, object]]) -> list[tuple[obj
     """Every (container, key) in a JSON value."""
     if isinstance(value, dict):
         keys = list(value)
-    elif isinstance(value, list):
+    elif isinstance(value, list) and not isinstance(value, Pairs):
         keys = range(min(len(value), 50))
     else:
         return found

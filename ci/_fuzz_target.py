@@ -22,7 +22,7 @@ from _fuzz_cases import ARRAY, BOOL, STRING, Gguf, Model
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 PAGE = 4096
-LONGEST_MESSAGE = 1500  # beside the path
+LONGEST_MESSAGE = 12_000  # beside the path; a name of 1024 characters, escaped, is most of it
 TEXT = "In the beginning\n\u00e9\u4e16 42 <|endoftext|> 's  x"
 RENDER_EVERY = 16  # cases whose inspection is shown, too
 
@@ -414,7 +414,7 @@ def _read_tensors(folder: Path, path: Path) -> None:
 
 
 def _compute(folder: Path, model) -> None:
-    """A few tokens, with and without chance, and text."""
+    """Logits, tokens and text."""
     import torch
 
     from ktcore.models import generate
@@ -424,10 +424,9 @@ def _compute(folder: Path, model) -> None:
     logits = model(torch.tensor(ids))
     if logits.shape != (len(ids), config.vocab_size):
         raise Wrong(f"logits are {tuple(logits.shape)}")
-    for temperature in (0.0, 0.7):
-        made = _attempt(folder, list, generate(model, ids, 2, temperature=temperature, seed=0))
-        if isinstance(made, list) and not all(0 <= i < config.vocab_size for i in made):
-            raise Wrong(f"tokens {made} of a vocabulary of {config.vocab_size}")
+    made = _attempt(folder, list, generate(model, ids, 2, temperature=0.7, seed=0))
+    if isinstance(made, list) and not all(0 <= i < config.vocab_size for i in made):
+        raise Wrong(f"tokens {made} of a vocabulary of {config.vocab_size}")
     tokenizer = _attempt(folder, lambda: model.tokenizer)
     if isinstance(tokenizer, Exception):
         return
