@@ -179,7 +179,9 @@ def _is_file_name(name: object) -> bool:
     return (
         isinstance(name, str)
         and name not in ("", "..")
-        and "\0" not in name
+        # Control characters would reach the terminal with an error message, and half a surrogate
+        # pair is the name of no file.
+        and name.isprintable()
         and Path(name).name == name
     )
 
