@@ -553,6 +553,8 @@ def damage_gguf(rng: Random, content: bytes, other: bytes = b"", times: int = 1)
 
 def _damage_names(rng: Random, model: Model) -> None:
     """Files that are missing, empty, exchanged, or folders."""
+    if not model:
+        return
     name = rng.choice(sorted(model))
     what = rng.random()
     if what < 0.3:

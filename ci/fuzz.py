@@ -63,9 +63,7 @@ class Worker:
             self.latest = time.monotonic() + START_SECONDS
             watch = threading.Thread(target=self.watch, daemon=True)
             watch.start()
-            began = False
             for line in self.process.stdout:
-                began = True
                 number, model, outcome = line.decode().rstrip("\n").split("\t")
                 self.latest = time.monotonic()
                 begin = int(number) + 1
@@ -77,13 +75,16 @@ class Worker:
         if status == 0 or self.fuzzer.stopped():
             return begin
         case = self.scratch.parent / f"{self.scratch.name}.case"
-        if not began and not case.exists():
+        if not case.exists():
             tail = log.read_text(errors="replace")[-3000:]
             raise _environment.SetupError(f"the fuzzer's process does not start:\n{tail}")
         what = (
             f"hangs: more than {self.fuzzer.options.seconds} s" if self.hung else "the process died"
         )
         number, model, opened = case.read_text().split("\t")
+        if int(number) != begin:  # it died between two cases, so of no fault of ktcore's
+            tail = log.read_text(errors="replace")[-3000:]
+            raise _environment.SetupError(f"the fuzzer failed before case {begin}:\n{tail}")
         self.fuzzer.count("crashed")
         self.fuzzer.found(
             int(number), model, f"{what} (exit status {status})", log, self.scratch, opened
@@ -319,6 +320,8 @@ def report(fuzzer, as_json):
 
 def main(arguments):
     options = parser().parse_args(arguments)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs ignore the first
+        signal.signal(number, signal.default_int_handler)
     fuzzer = Fuzzer(options, find_python())
     if options.replay:
         return replay(fuzzer, Path(options.replay))
