@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from ktcore.weights import CheckpointError
+from ktcore.weights.safetensors_file import read_json
 
 _REQUIRED = object()
 MAX_NUMBER = 1e30  # of any setting that makes sense; also keeps huge integers from overflowing
@@ -88,7 +88,10 @@ class Fields:
         return Fields(self.path, fields, f"{self.prefix}{name}.")
 
     def error(self, name: str, what: str) -> CheckpointError:
-        return CheckpointError(self.path, f"{self.prefix}{name}: {what}")
+        where = f"{self.prefix}{name}"  # names of inner objects are a file's, so may be anything
+        if len(where) > 200 or not where.isprintable():
+            where = repr(where[:200])
+        return CheckpointError(self.path, f"{where}: {what}")
 
     def get(self, name: str, default: object = None) -> object:
         """A field's value; `default` where it is absent or null."""
@@ -144,7 +147,7 @@ class JsonFile(Fields):
     def __init__(self, path: Path):
         """Raises CheckpointError if the file is missing, unreadable or not a JSON object."""
         try:
-            fields = json.loads(path.read_text("utf-8"))
+            fields = read_json(path)
         except FileNotFoundError:
             raise CheckpointError(
                 path,
@@ -153,6 +156,8 @@ class JsonFile(Fields):
             ) from None
         except OSError as error:
             raise CheckpointError(path, f"cannot be read: {error.strerror or error}") from error
+        except CheckpointError:
+            raise
         except (ValueError, RecursionError) as error:
             raise CheckpointError(path, f"not valid JSON: {error}; download it again") from None
         if not isinstance(fields, dict):

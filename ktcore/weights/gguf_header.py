@@ -8,7 +8,6 @@ that names the file. (Format: https://github.com/ggml-org/ggml/blob/master/docs/
 from __future__ import annotations
 
 import math
-import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import BinaryIO
 
 import torch
 
-from ktcore.weights.safetensors_file import CheckpointError
+from ktcore.weights.safetensors_file import CheckpointError, regular_size
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -161,11 +160,9 @@ def read_header(path: Path) -> GgufHeader:
         CheckpointError: the file cannot be opened or is not a sound GGUF file.
     """
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(path, "is not a file")
+        size = regular_size(path)
         with path.open("rb") as file:
-            return _Parser(path, file, status.st_size).header()
+            return _Parser(path, file, size).header()
     except FileNotFoundError:
         raise CheckpointError(path, "no such file") from None
     except (OSError, ValueError) as error:
@@ -249,7 +246,7 @@ class _Parser:
         for i in range(keys):
             key = self.text(f"the name of key {i}", MAX_KEY_LENGTH)
             if key in metadata:
-                raise self.bad(f"the key {key!r} appears twice")
+                raise self.bad(f"the key {key[:200]!r} appears twice")
             metadata[key] = self.value(key)
         self.count(tensors, "tensors", MAX_TENSORS, SMALLEST_TENSOR)
         alignment = self.alignment(metadata)

@@ -390,8 +390,8 @@ def _compressed(linear: _Linear, settings: Settings) -> Stored:
             return _fp8(linear, [])
     raise weights.error(
         "strategy",
-        f"compressed-tensors {layout[:40]!r} with {bits}-bit {kind[:20]} weights per "
-        f"{strategy[:20]} is not supported (of {linear.base!r})",
+        f"compressed-tensors {layout[:40]!r} with {bits}-bit {kind[:20]!r} weights per "
+        f"{strategy[:20]!r} is not supported (of {linear.base!r})",
     )
 
 
@@ -451,8 +451,38 @@ def _texts(settings: Settings, name: str) -> list[str]:
     return value
 
 
+# Of patterns that are matched with names of layers, which have some 50 characters.
+_LONGEST_PATTERN, _NAME_LENGTH, _MOST_STEPS = 1000, 50, 10**8
+_PATTERN_PART = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\??|\)[*+{]?|.", re.DOTALL)
+
+
 @functools.lru_cache(maxsize=4096)
 def _compiled(pattern: str) -> re.Pattern:
+    """A regular expression that does not take for ever, as far as its text tells.
+
+    Python's matcher tries all ways to match: a repeat may end anywhere, an alternative be any of
+    its group's, and a repeat of a group can multiply without bound. An honest pattern has two or
+    three of them.
+
+    Raises:
+        re.error: it is none, or one of those.
+    """
+    if len(pattern) > _LONGEST_PATTERN:
+        raise re.error(f"it has {len(pattern)} characters, more than {_LONGEST_PATTERN}")
+    steps, branches = 1, [1]
+    for part in _PATTERN_PART.findall(pattern):
+        if part in (")*", ")+", "){"):
+            raise re.error("a group that is repeated may take for ever")
+        if part in ("(", "(?"):
+            branches.append(1)
+        elif part == "|":
+            branches[-1] += 1
+        elif part == ")" and len(branches) > 1:
+            steps *= branches.pop()
+        elif part in ("*", "+", "{", "?"):
+            steps *= 2 if part == "?" else _NAME_LENGTH
+    if steps * branches[0] > _MOST_STEPS:
+        raise re.error("so many repeats and alternatives may take for ever")
     return re.compile(pattern)
 
 
@@ -464,7 +494,7 @@ def _matches(entry: str, base: str, settings: Settings, field: str) -> bool:
             return _compiled(entry[3:]).match(base) is not None
         except (re.error, RecursionError, OverflowError) as error:
             raise settings.error(
-                field, f"{entry[:80]!r} is no regular expression: {error}"
+                field, f"{entry[:80]!r} is no usable regular expression: {error}"
             ) from None
     if "*" in entry:
         return fnmatch.fnmatchcase(base, entry)
