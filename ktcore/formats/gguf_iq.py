@@ -205,9 +205,9 @@ class IQ4_NL(BlockFormat):
     def unpack(self, blocks: Tensor) -> Unpacked:
         return fields(blocks[:, 2:], 4, 16), half(blocks, 0), None
 
-    def pack(self, x: Tensor) -> Tensor:
+    def pack(self, x: Tensor, importance: Tensor | None) -> Tensor:
         levels = Levels(self.levels)
-        d = symmetric(x, levels, _TARGETS)
+        d = symmetric(x, levels, _TARGETS, importance)
         q = levels.encode(x, rounded(d))
         return torch.cat([half_bytes(d), unfields(q, 4, 16)], -1)
 
@@ -227,9 +227,14 @@ class IQ4_XS(BlockFormat):
         d = half(blocks, 0) * (scales.to(torch.float32) - 32)
         return fields(blocks[:, 8:], 4, 16), d, None
 
-    def pack(self, x: Tensor) -> Tensor:
+    def pack(self, x: Tensor, importance: Tensor | None) -> Tensor:
         d, scales, q = nested_symmetric(
-            x.unflatten(-1, (-1, 32)), Levels(self.levels), _TARGETS, -32, 31
+            x.unflatten(-1, (-1, 32)),
+            Levels(self.levels),
+            _TARGETS,
+            -32,
+            31,
+            None if importance is None else importance.unflatten(-1, (-1, 32)),
         )
         scales = scales + 32
         high, low = unfields(scales >> 4, 2, 1), unfields(scales & 15, 4, 1)
