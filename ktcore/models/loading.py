@@ -85,6 +85,17 @@ def why_not_loadable(path: Path) -> str | None:
     return None
 
 
+def needed_tensors(source: Source) -> list[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor that a model is made of.
+
+    Raises:
+        CheckpointError: one is missing, has another shape or a type that is not supported.
+    """
+    reader = _Reader(source, None)
+    reader.check()
+    return list(reader.expected())
+
+
 def _why_not(info: TensorInfo | GgufTensorInfo) -> str | None:
     """Why a tensor cannot be used as a weight, None if it can."""
     if isinstance(info, GgufTensorInfo) and (why := unsupported(info)):
