@@ -40,10 +40,13 @@ from ktcore.convert.importance import Importance, measure, read_imatrix, write_i
 from ktcore.convert.journal import Journal, only_one
 from ktcore.convert.quantizing import Error, quantize, taken_over
 from ktcore.convert.targets import (
+    GROUP_SIZES,
     Options,
     Target,
+    fitting_group_size,
     format_of,
     get_target,
+    quantised,
     quantization_config,
 )
 from ktcore.convert.weights import Weight, floats, left_over, read_weights, source_files
@@ -123,7 +126,7 @@ def convert(
         ValueError: an argument is none of those.
     """
     target = get_target(to)
-    if group_size not in (32, 64, 128):
+    if group_size not in GROUP_SIZES:
         raise ValueError(f"group_size: expected 32, 64 or 128, got {group_size}")
     if imatrix is not None and calibrate is not None:
         raise ValueError("imatrix: either a file or a text to calibrate with, not both")
@@ -224,6 +227,8 @@ class _Job:
         """What is done in which steps, and what files come of it."""
         config = self.source.config
         layers = config.num_hidden_layers
+        if self.target.name == "int4":
+            self._fit_groups()
         self.formats = {
             w.key: format_of(self.target, w, layers, config.tie_word_embeddings, self.options)
             for w in self.weights
@@ -236,15 +241,13 @@ class _Job:
             layout = gguf_layout(self.out.name, keys, kinds, self._outs(self.weights))
         else:
             self.tensors = folder = FolderTensors(family.names)
-            named, ignored = {}, []
-            for weight in self.weights:
-                format = self.formats[weight.key]
-                if isinstance(format, Plain):
-                    if len(weight.shape) > 1 and weight.role != "embedding":
-                        ignored += folder.modules(weight)
-                else:
-                    named |= dict.fromkeys(folder.modules(weight), format)
-            settings = quantization_config(self.target, named, ignored) if named else None
+            plain = [w for w in self.weights if isinstance(self.formats[w.key], Plain)]
+            ignored = [w for w in plain if len(w.shape) > 1 and w.role != "embedding"]
+            settings = quantization_config(
+                self.target,
+                self.options.group_size,
+                [name for w in ignored for name in folder.modules(w)],
+            )
             layout = folder_layout(self._outs(self.weights))
             files, notes = metadata.folder_files(self.source, self.target, settings)
             layout.extra |= files
@@ -262,6 +265,13 @@ class _Job:
     def _outs(self, weights: list[Weight]) -> list[Out]:
         return [out for w in weights for out in self.tensors.tensors(w, self.formats[w.key])]
 
+    def _fit_groups(self) -> None:
+        asked = self.options.group_size
+        size = fitting_group_size(self.weights, self.options)
+        if size != asked:
+            self.notes.append(f"groups of {size}: those of {asked} do not divide all rows")
+            self.options = dataclasses.replace(self.options, group_size=size)
+
     def _note_fallbacks(self) -> None:
         """Say what is stored otherwise than was asked for because its rows are too short."""
         found: dict[tuple[int, str, str], list[str]] = {}
@@ -272,8 +282,7 @@ class _Job:
                 self.source.config.num_hidden_layers,
                 self.options,
             )
-            quantised = weight.experts if self.options.experts_only else weight.linear
-            if quantised and format is not usual:
+            if quantised(weight, self.options) and format is not usual:
                 found.setdefault((columns, usual.name, format.name), []).append(weight.role)
         for (columns, usual, format), roles in found.items():
             self.notes.append(

@@ -7,7 +7,6 @@ places in any order, a piece at a time; what a conversion has done survives if i
 from __future__ import annotations
 
 import json
-import math
 import os
 import struct
 import zlib
@@ -22,6 +21,7 @@ from torch import Tensor
 from ktcore.convert.targets import GGUF_TYPES
 from ktcore.convert.weights import Weight
 from ktcore.formats import Format, Parts
+from ktcore.formats.floating import Plain
 from ktcore.models.family import TensorNames
 from ktcore.weights import Checkpoint
 from ktcore.weights.gguf_header import ARRAY, BOOL, DEFAULT_ALIGNMENT, MAGIC, SCALARS, STRING
@@ -76,17 +76,11 @@ Piece = tuple[str, int, Tensor | bytes]  # of which tensor, from which of its by
 
 
 class FolderTensors:
-    """How a weight lies in a Hugging Face folder: a tensor for each part, and for each expert."""
+    """How a weight lies in a Hugging Face folder: experts apart from each other, quantised ones as
+    compressed-tensors' `pack-quantized` has them."""
 
     def __init__(self, names: TensorNames):
         self.names = names
-
-    def _part(self, base: str, format: Format, part: str) -> str:
-        if format.name in ("bf16", "f16", "f32"):
-            return base
-        suffix = {"data": "weight_packed" if format.group_size else "weight",
-                  "scales": "weight_scale"}.get(part, part)  # fmt: skip
-        return f"{base.removesuffix('weight')}{suffix}"
 
     def modules(self, weight: Weight) -> list[str]:
         """The names of the modules that the weight belongs to."""
@@ -100,37 +94,63 @@ class FolderTensors:
     def tensors(self, weight: Weight, format: Format) -> list[Out]:
         """All tensors that a weight becomes."""
         shape = weight.shape[1:] if weight.experts else weight.shape
+        empty = {
+            part: torch.empty(size, dtype=dtype, device="meta")
+            for part, (size, dtype) in format.part_specs(shape).items()
+        }
         out = []
-        for base in self._names(weight):
-            for part, (size, dtype) in format.part_specs(shape).items():
-                nbytes = math.prod(size) * dtype.itemsize
-                if format.name == "int8" and part == "scales":
-                    size = (*size, 1)
-                elif format.name == "int4_g32" and part == "data":  # the same bytes
-                    size, dtype = (*size[:-1], size[-1] // 4), torch.int32
-                name = self._part(base, format, part)
-                out.append(Out(name, SAFETENSORS_TYPES[dtype], size, nbytes, dtype.itemsize))
-            if format.group_size:
-                out.append(Out(self._part(base, format, "weight_shape"), "I64", (2,), 16, 8))
+        for name in self._names(weight):
+            for suffix, data in _as_stored(format, empty).items():
+                kind, size = SAFETENSORS_TYPES[data.dtype], data.dtype.itemsize
+                nbytes = data.numel() * size
+                out.append(Out(_part(name, suffix), kind, tuple(data.shape), nbytes, size))
+            if not isinstance(format, Plain):
+                out.append(Out(_part(name, "weight_shape"), "I64", (2,), 16, 8))
         return out
 
     def pieces(self, weight: Weight, format: Format, parts: Parts, begin: int) -> Iterator[Piece]:
         """Where the parts of a range of a weight's first dimension go."""
-        bases = self._names(weight)
-        shape = weight.shape[1:] if weight.experts else weight.shape
+        for suffix, data in _as_stored(format, parts).items():
+            if weight.experts:
+                for i, matrix in enumerate(data):
+                    yield _part(weight.name(self.names, begin + i), suffix), 0, matrix
+            else:
+                row = data[0].numel() * data.dtype.itemsize
+                yield _part(weight.name(self.names), suffix), begin * row, data
+        if isinstance(format, Plain):
+            return
+        said = struct.pack("<2q", *weight.shape[-2:])
         count = len(next(iter(parts.values())))
-        for base, i in zip(bases[begin:], range(count), strict=False) if weight.experts else ():
-            for part, data in parts.items():
-                yield self._part(base, format, part), 0, data[i]
-        if not weight.experts:
-            for part, data in parts.items():
-                row = data[0].numel() * data.dtype.itemsize if len(data) else 0
-                yield self._part(bases[0], format, part), begin * row, data
-        if format.group_size:
-            said = struct.pack("<2q", *shape)
-            whole = bases[begin : begin + count] if weight.experts else bases[: begin == 0]
-            for base in whole:
-                yield self._part(base, format, "weight_shape"), 0, said
+        if weight.experts:
+            for e in range(begin, begin + count):
+                yield _part(weight.name(self.names, e), "weight_shape"), 0, said
+        elif begin == 0:
+            yield _part(weight.name(self.names), "weight_shape"), 0, said
+
+
+def _part(name: str, suffix: str) -> str:
+    """What a tensor is called that belongs to the weight of a name."""
+    return name.removesuffix("weight") + suffix if suffix else name
+
+
+def _as_stored(format: Format, parts: Parts) -> Parts:
+    """A format's parts as the file has them, by the ends of their names ("" for a plain weight)."""
+    if isinstance(format, Plain):
+        return {"": parts["data"]}
+    if format.name == "int8":  # stored without signs
+        data = parts["data"]
+        words = (data.shape[-1] // 4,)
+        packed = data.new_empty((*data.shape[:-1], *words), dtype=torch.int32)
+        if not data.is_meta:
+            packed = (data.contiguous().view(torch.uint8) ^ 128).view(torch.int32)
+        return {"weight_packed": packed, "weight_scale": parts["scales"][..., None]}
+    if format.name == "int4_g32":  # the same bytes
+        data = parts["data"]
+        packed = data.new_empty((*data.shape[:-1], data.shape[-1] // 4), dtype=torch.int32)
+        if not data.is_meta:
+            packed = data.contiguous().view(torch.int32)
+        return {"weight_packed": packed, "weight_scale": parts["scales"]}
+    return parts
 
 
 def folder_layout(tensors: Iterable[Out], shard_bytes: int = SHARD_BYTES) -> Layout:

@@ -54,13 +54,37 @@ class Target:
     file_type: int = 0
 
 
+def _int8(weight: Weight, layers: int, options: Options) -> Format:
+    """Packed in words of four, as `FolderTensors` does it, rows must fill them."""
+    return get_format("bf16" if weight.shape[-1] % 4 else "int8")
+
+
 def _int4(weight: Weight, layers: int, options: Options) -> Format:
-    """In groups of the size asked for, or the next smaller one that divides the rows."""
-    columns = weight.shape[-1]
-    for size in sorted(GROUP_SIZES, reverse=True):
-        if size <= options.group_size and columns % size == 0:
-            return get_format("int4") if size == 32 else packed_integer(4, size)
-    return get_format("bf16")
+    size = options.group_size
+    if weight.shape[-1] % size:
+        return get_format("bf16")
+    return get_format("int4") if size == 32 else packed_integer(4, size)
+
+
+def fitting_group_size(weights: list[Weight], options: Options) -> int:
+    """The largest size of groups, of at most that asked for, that divides all rows.
+
+    One for the whole model: what reads such files knows one for all experts. Rows that even the
+    smallest does not divide are left aside; they are not quantised.
+    """
+    smallest = min(GROUP_SIZES)
+    columns = [w.shape[-1] for w in weights if quantised(w, options)]
+    fitting = [
+        size
+        for size in GROUP_SIZES
+        if size <= options.group_size and not any(n % size for n in columns if n % smallest == 0)
+    ]
+    return max(fitting, default=smallest)
+
+
+def quantised(weight: Weight, options: Options) -> bool:
+    """Whether a weight is one of those that the target's type is for."""
+    return weight.experts if options.experts_only else weight.linear
 
 
 def _more_bits(layer: int, layers: int) -> bool:
@@ -91,7 +115,7 @@ def _block_type(name: str, weight: Weight) -> Format:
 TARGETS = {
     target.name: target
     for target in (
-        Target("int8", False, lambda weight, layers, options: get_format("int8")),
+        Target("int8", False, _int8),
         Target("int4", False, _int4),
         Target("bf16", False, lambda weight, layers, options: get_format("bf16")),
         Target("q4_k", True, _q4_k, 15),
@@ -118,7 +142,8 @@ def format_of(target: Target, weight: Weight, layers: int, tied: bool, options: 
     """
     if weight.small:
         return get_format("f32") if target.file else _small(weight)
-    if not (weight.experts if options.experts_only else weight.linear or target.file):
+    whole = target.file and not options.experts_only  # embedding and head, too
+    if not (whole or quantised(weight, options)):
         return _unquantised(target, weight)
     if weight.role == "embedding" and tied:
         weight = dataclasses.replace(weight, role="head")
@@ -141,43 +166,39 @@ def _unquantised(target: Target, weight: Weight) -> Format:
     return get_format("bf16")
 
 
-def quantization_config(
-    target: Target, named: dict[str, Format], ignored: list[str]
-) -> dict | None:
+def quantization_config(target: Target, group_size: int, ignored: list[str]) -> dict | None:
     """What config.json says of the weights, as compressed-tensors has it; None for plain ones.
 
+    int8, too, is `pack-quantized`: it is the one layout of integers alone that transformers reads
+    for experts.
+
     Args:
-        named: the format of every quantised module, by name.
         ignored: names of the linear modules that are not quantised.
     """
     if target.name == "bf16":
         return None
-    by_format: dict[Format, list[str]] = {}
-    for name, format in named.items():
-        by_format.setdefault(format, []).append(name)
-    # The most modules first: that group is for all that no other group names.
-    ranked = sorted(by_format.items(), key=lambda item: -len(item[1]))
-    groups = {}
-    for i, (format, names) in enumerate(ranked):
-        size = format.group_size
-        groups[f"group_{i}"] = {
-            "targets": ["Linear"] if i == 0 else patterns(names),
-            "weights": {
-                "num_bits": 4 if size else 8,
-                "type": "int",
-                "symmetric": True,
-                "strategy": "group" if size else "channel",
-                "group_size": size,
-                "dynamic": False,
-            },
-            "input_activations": None,
-            "output_activations": None,
-        }
+    grouped = target.name == "int4"
+    weights = {
+        "num_bits": 4 if grouped else 8,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group" if grouped else "channel",
+        "group_size": group_size if grouped else None,
+        "dynamic": False,
+    }
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized" if target.name == "int4" else "int-quantized",
+        "format": "pack-quantized",
         "quantization_status": "compressed",
-        "config_groups": groups,
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": weights,
+                "input_activations": None,
+                "output_activations": None,
+                "format": "pack-quantized",
+            }
+        },
         "ignore": ["lm_head", *(p for p in patterns(ignored) if p != "re:lm_head$")],
         "kv_cache_scheme": None,
     }
