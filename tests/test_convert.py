@@ -558,9 +558,9 @@ def test_one_at_a_time(tmp_path):
 
     partial = tmp_path / "out.partial"
     partial.mkdir()
-    with only_one(partial / "lock", partial):
-        with pytest.raises(ConversionError, match="another conversion is writing it"):
-            convert(None, "int4", tmp_path / "out", measure_perplexity=False)
+    busy = pytest.raises(ConversionError, match="another conversion is writing it")
+    with only_one(partial / "lock", partial), busy:
+        convert(None, "int4", tmp_path / "out", measure_perplexity=False)
     convert(None, "int4", tmp_path / "out", measure_perplexity=False)
 
 
@@ -788,7 +788,7 @@ def test_llama_cpps_older_files(measured, tmp_path):
 def test_files_that_are_no_importance(made, tmp_path, long_rows, measured):
     with pytest.raises(CheckpointError, match="no such file"):
         read_imatrix(tmp_path / "none.gguf")
-    with pytest.raises(CheckpointError, match="general.type is not 'imatrix'"):
+    with pytest.raises(CheckpointError, match=r"general\.type is not 'imatrix'"):
         read_imatrix(made("q8_0")[0])
     write_imatrix(tmp_path / "i.gguf", measured[0], "x", 1)
     with pytest.raises(ConversionError, match="imatrix: for layer 0 q it has 192 numbers"):
