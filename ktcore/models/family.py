@@ -74,11 +74,14 @@ class GgufArchitecture:
         read_config: those settings, and the file, to `DecoderConfig`; raises CheckpointError for
             what is malformed or not supported, naming the key.
         names: what the tensors are called.
+        write_keys: the inverse of `read_config`: the settings without what their keys begin with;
+            None if such files cannot be written.
     """
 
     name: str
     read_config: Callable[[Fields, GgufFile], DecoderConfig]
     names: TensorNames = GGUF_NAMES
+    write_keys: Callable[[DecoderConfig], dict[str, object]] | None = None
 
 
 @dataclass(frozen=True)
@@ -91,12 +94,15 @@ class Family:
             or not supported, naming the field.
         names: what the tensors are called.
         gguf: the same for GGUF files, None if there are none.
+        write_config: the inverse of `read_config`: the fields of a config.json; None if it cannot
+            be written.
     """
 
     model_types: tuple[str, ...]
     read_config: Callable[[JsonFile], DecoderConfig]
     names: TensorNames = TensorNames()
     gguf: GgufArchitecture | None = None
+    write_config: Callable[[DecoderConfig], dict[str, object]] | None = None
 
 
 def _families() -> Iterator[Family]:

@@ -14,7 +14,7 @@ from ktcore._settings import flag
 from ktcore.dispatch import probe
 from ktcore.formats import Format, define, get_format
 from ktcore.models.decoder import Attention, Decoder, Layer, Mlp, RmsNorm
-from ktcore.models.expert_layout import ExpertReader
+from ktcore.models.expert_layout import ExpertLayout, ExpertReader
 from ktcore.models.memory import Locker, trim_heap
 from ktcore.models.model import Model
 from ktcore.models.moe_layer import MoeLayer
@@ -121,6 +121,22 @@ def why_not_loadable(path: Path) -> str | None:
     except CheckpointError as error:
         return str(error)
     return None
+
+
+def needed_tensors(source: Source) -> list[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor that a model is made of.
+
+    Raises:
+        CheckpointError: one is missing, has another shape or a type that is not supported.
+    """
+    reader = _Reader(source, None)
+    reader.check()
+    return list(reader.expected())
+
+
+def expert_layout(source: Source) -> ExpertLayout:
+    """How a model's files hold its experts."""
+    return _Reader(source, None).experts.layout
 
 
 def _why_not(info: TensorInfo | GgufTensorInfo) -> str | None:

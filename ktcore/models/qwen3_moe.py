@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ktcore.models.config import DecoderConfig, Fields, JsonFile
 from ktcore.models.family import GGUF_NAMES, Family, GgufArchitecture
-from ktcore.models.rope import read_gguf_rope, read_rope
+from ktcore.models.rope import gguf_rope_keys, read_gguf_rope, read_rope, rope_fields
 from ktcore.weights import GgufFile
 
 
@@ -105,8 +105,63 @@ def read_gguf(keys: Fields, file: GgufFile) -> DecoderConfig:
     )
 
 
+def write_config(c: DecoderConfig) -> dict[str, object]:
+    """The fields that transformers 4 and 5 both read."""
+    return {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "moe_intermediate_size": c.moe_intermediate_size,
+        "num_hidden_layers": c.num_hidden_layers,
+        "num_attention_heads": c.num_attention_heads,
+        "num_key_value_heads": c.num_key_value_heads,
+        "head_dim": c.head_dim,
+        "num_experts": c.num_experts,
+        "num_experts_per_tok": c.top_k,
+        "norm_topk_prob": c.renormalize,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": sorted(c.dense_layers),
+        "hidden_act": c.activation,
+        "rms_norm_eps": c.rms_norm_eps,
+        **rope_fields(c.rope_theta, c.yarn),
+        "max_position_embeddings": c.context_length,
+        "attention_bias": c.attention_bias,
+        "tie_word_embeddings": c.tie_word_embeddings,
+        "use_sliding_window": False,
+    }
+
+
+def write_gguf(c: DecoderConfig) -> dict[str, object]:
+    """Raises ValueError for what llama.cpp's architecture lacks."""
+    for what, wrong in (
+        ("layers without experts (mlp_only_layers, decoder_sparse_step)", bool(c.dense_layers)),
+        ("biases of attention (attention_bias)", c.attention_bias),
+        ("expert weights that are not divided by their sum (norm_topk_prob)", not c.renormalize),
+    ):
+        if wrong:
+            raise ValueError(f"llama.cpp's qwen3moe has no {what}")
+    return {
+        "block_count": c.num_hidden_layers,
+        "context_length": c.context_length,
+        "embedding_length": c.hidden_size,
+        "feed_forward_length": c.intermediate_size,
+        "attention.head_count": c.num_attention_heads,
+        "attention.head_count_kv": c.num_key_value_heads,
+        "attention.key_length": c.head_dim,
+        "attention.value_length": c.head_dim,
+        "attention.layer_norm_rms_epsilon": c.rms_norm_eps,
+        **gguf_rope_keys(c.rope_theta, c.yarn),
+        "expert_count": c.num_experts,
+        "expert_used_count": c.top_k,
+        "expert_feed_forward_length": c.moe_intermediate_size,
+    }
+
+
 FAMILY = Family(
     model_types=("qwen3_moe",),
     read_config=read_config,
-    gguf=GgufArchitecture("qwen3moe", read_gguf),
+    gguf=GgufArchitecture("qwen3moe", read_gguf, write_keys=write_gguf),
+    write_config=write_config,
 )

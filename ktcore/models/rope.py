@@ -114,6 +114,40 @@ def read_gguf_rope(keys: Fields) -> Rope:
     return Rope(theta, yarn, _context(length, yarn))
 
 
+def rope_fields(theta: float, yarn: Yarn | None) -> dict[str, object]:
+    """What `read_rope` reads, for both transformers 4 and 5, but for the length of the context."""
+    fields: dict[str, object] = {"rope_theta": theta}
+    if yarn is not None:
+        fields["rope_scaling"] = {
+            "rope_type": "yarn",
+            "factor": yarn.factor,
+            "original_max_position_embeddings": yarn.original_length,
+            "attention_factor": yarn.attention_factor,
+            "beta_fast": yarn.beta_fast,
+            "beta_slow": yarn.beta_slow,
+            "truncate": yarn.truncate,
+        }
+    return fields
+
+
+def gguf_rope_keys(theta: float, yarn: Yarn | None) -> dict[str, object]:
+    """What `read_gguf_rope` reads, but for the length of the context. Raises ValueError for what
+    llama.cpp cannot do."""
+    keys: dict[str, object] = {"rope.freq_base": theta}
+    if yarn is not None:
+        if not yarn.truncate:
+            raise ValueError("llama.cpp has no YaRN without rounding (truncate)")
+        keys |= {
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": yarn.factor,
+            "rope.scaling.original_context_length": yarn.original_length,
+            "rope.scaling.attn_factor": yarn.attention_factor / _mscale(yarn.factor),
+            "rope.scaling.yarn_beta_fast": yarn.beta_fast,
+            "rope.scaling.yarn_beta_slow": yarn.beta_slow,
+        }
+    return keys
+
+
 def _mscale(factor: float, weight: float = 1.0) -> float:
     """What sharpens attention over more positions (section 3.4 of the paper)."""
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0

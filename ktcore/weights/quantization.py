@@ -337,9 +337,12 @@ def _packed(linear: _Linear, bits: int, group_size: int | None, symmetric: bool)
     linear.take_parts(format, shape)
     if linear.has("weight_shape"):
         linear.take("weight_shape", (torch.int64, torch.int32), (2,))
-    # The same bytes as ktcore's own.
-    own = get_format("int4_g32")
-    same = format is packed_integer(4, 32) and shape[1] % 32 == 0
+    # What ktcore has formats of its own for: the same bytes, and int8 but for the sign.
+    own = None
+    if format is packed_integer(4, 32) and shape[1] % 32 == 0:
+        own = get_format("int4_g32")
+    elif bits == 8 and group_size is None and symmetric and not act_order:
+        own = get_format("int8")
 
     def make(t: dict[str, Tensor]) -> Parts:
         parts = dict(t)
@@ -350,14 +353,14 @@ def _packed(linear: _Linear, bits: int, group_size: int | None, symmetric: bool)
             g_idx, groups = parts["weight_g_idx"], format.group_count(shape[1])
             if not bool(((g_idx >= 0) & (g_idx < groups)).all()):
                 raise linear.error("weight_g_idx", f"expected groups 0 to {groups - 1}")
-        if same:
-            return {
-                "data": parts["weight_packed"].view(torch.uint8),
-                "scales": parts["weight_scale"],
-            }
-        return parts
+        if own is None:
+            return parts
+        data, scales = parts["weight_packed"].view(torch.uint8), parts["weight_scale"]
+        if own.name == "int8":
+            data, scales = (data ^ 128).view(torch.int8), scales.to(torch.float32).flatten()
+        return {"data": data, "scales": scales}
 
-    return linear.stored(own if same else format, shape, make)
+    return linear.stored(own or format, shape, make)
 
 
 def _compressed(linear: _Linear, settings: Settings) -> Stored:
