@@ -426,15 +426,15 @@ def error_rows(files: dict[str, Results], formats: list[Format]) -> list[list[st
     return rows
 
 
-def put(page: Path, text: str) -> None:
+def put(page: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
     """Replace what stands between the page's markers."""
     from ktcore.bench.report import replacing
 
     before = page.read_text("utf-8")
-    if before.count(BEGIN) != 1 or before.count(END) != 1:
-        raise Refused(f"{page}: expected the lines {BEGIN!r} and {END!r} once each")
-    pattern = re.escape(BEGIN) + r".*" + re.escape(END)
-    after = re.sub(pattern, lambda _: f"{BEGIN}\n{text}\n{END}", before, flags=re.DOTALL)
+    if before.count(begin) != 1 or before.count(end) != 1:
+        raise Refused(f"{page}: expected the lines {begin!r} and {end!r} once each")
+    pattern = re.escape(begin) + r".*" + re.escape(end)
+    after = re.sub(pattern, lambda _: f"{begin}\n{text}\n{end}", before, flags=re.DOTALL)
     with replacing(page) as temporary:
         temporary.write_text(after, "utf-8")
 
