@@ -45,6 +45,7 @@ WINDOW = 512
 BLOCK = 256  # the largest block of any type: rows must be a multiple of it
 SEED = 0
 CALIBRATION_WINDOWS = 16
+TRIES = 5  # of llama-perplexity
 # llama.cpp's own mixtures, made by llama-quantize: every matrix of the model, each in its type.
 MIXTURES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K")
 
@@ -166,11 +167,15 @@ class LlamaCpp:
         return output
 
     def perplexity(self, model: Path, text: Path) -> float:
-        output = self.run(
-            "llama-perplexity", "-m", model, "-f", text, "-c", WINDOW, "-b", WINDOW,
-            "-t", self.threads, "-ctk", "f32", "-ctv", "f32", "-fa", "off",
-        )  # fmt: skip
-        return estimate(output)
+        for _ in range(TRIES):
+            output = self.run(
+                "llama-perplexity", "-m", model, "-f", text, "-c", WINDOW, "-b", WINDOW,
+                "-t", self.threads, "-ctk", "f32", "-ctv", "f32", "-fa", "off",
+            )  # fmt: skip
+            found = estimate(output)
+            if found is not None:
+                return found
+        raise Refused(f"llama-perplexity gave no estimate:\n{output[-3000:]}")
 
     def tokens(self, model: Path, text: Path) -> list[int]:
         output = self.run("llama-tokenize", "-m", model, "-f", text, "--ids", "--log-disable")
@@ -196,12 +201,12 @@ class LlamaCpp:
         )  # fmt: skip
 
 
-def estimate(output: str) -> float:
-    """The result that llama-perplexity prints."""
+def estimate(output: str) -> float | None:
+    """The result that llama-perplexity prints; None where it ended before it had printed it, as it
+    may: its log has a thread of its own, which it does not wait for.
+    """
     found = re.search(r"Final estimate: PPL = ([0-9.]+)", output)
-    if found is None:
-        raise Refused(f"llama-perplexity gave no estimate:\n{output[-3000:]}")
-    return float(found[1])
+    return None if found is None else float(found[1])
 
 
 def score(model: Model, ids: list[int]) -> float:
