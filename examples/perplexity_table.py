@@ -217,6 +217,24 @@ def score(model: Model, ids: list[int]) -> float:
     return perplexity(model, ids[:whole], WINDOW, unscored=WINDOW // 2)
 
 
+def rounded(path: Path, format: Format) -> Model:
+    """A model with its experts rounded to GPTQ's or AWQ's integers, without their calibration."""
+    from ktcore.formats._grouped import GroupedInteger
+    from ktcore.models import load_model
+    from ktcore.weights import ExpertWeights, QuantTensor
+
+    model = load_model(path)
+    for layer in model.decoder.layers:
+        old = layer.mlp.experts
+        layer.mlp.experts = ExpertWeights(
+            *(
+                QuantTensor(format, w.shape, GroupedInteger.quantize(format, w.dequantize()))
+                for w in (old.gate, old.up, old.down)
+            )
+        )
+    return model
+
+
 def bits_of(path: Path) -> float:
     """Stored bits for each weight of a GGUF file's matrices."""
     import gguf
@@ -285,8 +303,9 @@ def rows(
         if not is_file_type(format):
             try:
                 row["ktcore"] = score(load_model(plain, format.name), ids)
-            except TypeError as error:  # it is read from files of others, not written
-                row["ktcore"], row["note"] = None, str(error).removeprefix("format: ")
+            except TypeError:  # ktcore does not offer to quantise to what others calibrate
+                row["ktcore"] = score(rounded(plain, format), ids)
+                row["note"] = "rounded to nearest, not calibrated"
             done(row | {"llama_cpp": None})
             continue
         try:

@@ -58,6 +58,13 @@ def test_experts_alone_are_in_the_format(tmp_path):
     assert {k for n, k in kinds.items() if "_exps" not in n} == {"F32"}
 
 
+@pytest.mark.parametrize("name", ["awq4_g32", "gptq4_g128_sym_act", "gptq3_g128"])
+def test_formats_of_others_are_rounded_to(tmp_path, name):
+    plain = write_gguf(tmp_path / "plain.gguf", "F32")
+    got, expected = perplexity_table.rounded(plain, get_format(name))(IDS), load_model(plain)(IDS)
+    assert 1e-4 < ((got - expected).norm() / expected.norm()).item() < 0.5
+
+
 def test_which_formats_a_file_can_hold():
     package()
     held = {n for n in ("bf16", "q4_k", "gguf_mxfp4", "mxfp4", "nvfp4", "int8", "int4", "tq1_0")
