@@ -133,6 +133,22 @@ def test_perplexity_counts_all_but_the_first_token_of_each_window():
     assert perplexity(model, text, 4) == pytest.approx(expected, rel=1e-5)
 
 
+def test_perplexity_of_the_second_half_of_each_window():
+    """As llama.cpp's llama-perplexity: the logits of tokens n / 2 to n - 2 count."""
+    model = load_model()
+    ids = IDS.repeat(2)[:16]
+    losses = []
+    for piece in ids.split(8):
+        log = model(piece).log_softmax(-1)
+        losses += [-log[i, piece[i + 1]].item() for i in range(4, 7)]
+    expected = math.exp(sum(losses) / len(losses))
+    found = perplexity(model, ids.tolist(), 8, unscored=4)
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert found != pytest.approx(perplexity(model, ids.tolist(), 8), rel=1e-3)
+    with pytest.raises(ValueError, match="unscored: expected 0 to window - 2, 6, got 7"):
+        perplexity(model, ids.tolist(), 8, unscored=7)
+
+
 @pytest.mark.parametrize(
     ("text", "window", "message"),
     [([1, 2, 3], 1, "window"), ([1, 2, 3], 4096, "window"), ([1], 8, "text")],
