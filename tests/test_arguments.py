@@ -227,14 +227,15 @@ def test_random_arguments_of_moe(variant, data):
         dtype=data.draw(st.sampled_from([torch.int64, torch.int32])),
     ).reshape(tokens, top_k)
     weights = data.draw(_arrays(tokens, top_k, [*FLOATS, torch.float64]))
-    activation = data.draw(st.sampled_from(["silu", "gelu_tanh", "relu"]))
+    activation = data.draw(st.sampled_from(["silu", "gelu_tanh", "swiglu_oai", "relu"]))
     exact = data.draw(st.booleans())
     got = _refused_or(lambda: ops.moe(x, experts, ids, weights, activation=activation, exact=exact))
     if got is None:
         return
     assert got.shape == x.shape and got.dtype == x.dtype
     want, magnitude = oracle.moe(x, experts, ids, weights, activation)
-    if got.numel() and (want.abs() < 1e4).all():
+    limits = activation == "swiglu_oai" and not x.isfinite().all()
+    if got.numel() and (want.abs() < 1e4).all() and not limits:
         outcome = oracle.judge(got, want, experts.format.tolerance, magnitude)
         assert not outcome.problem, outcome.problem
 

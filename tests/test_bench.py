@@ -372,7 +372,29 @@ def test_weights_are_kept_in_the_forms_that_backends_need(storage, expected):
     with torch.no_grad():
         kind, packers = Bench._storage(make_workload("moe", SHAPE, "int8", 0, 0.0), names)
     assert kind == expected
-    assert packers == ([] if storage == "reference" else names)
+    assert list(packers) == ([] if storage == "reference" else names)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bytes_are_those_of_the_form_that_is_read(backend, monkeypatch):
+    sizes = []
+    pack = measure.Workload.build
+
+    def build(self, layers, prepare, *, release):
+        pack(self, layers, prepare, release=release)
+        sizes.extend((sum(p.nbytes for p in w.packed.values()), w.nbytes) for w in self.weights)
+
+    monkeypatch.setattr(measure.Workload, "build", build)
+    bench = Bench(tiny(backends=(backend,), formats=("q5_0",), tokens=(1,), seconds=5.0))
+    bench.run()
+    (cell,) = bench.cells
+    one_expert = SHAPE.expert_weights * get_format("q5_0").bits / 8
+    if backend == "reference":
+        assert cell.read_ratio is None and cell.rounds[0].nbytes == 2 * one_expert
+        return
+    packed, stored = sizes[0]
+    assert packed > 0 and cell.read_ratio == packed / stored
+    assert cell.rounds[0].nbytes == pytest.approx(2 * one_expert * packed / stored)
 
 
 def test_few_experts_are_materialised_where_memory_is_short():

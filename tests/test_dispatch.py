@@ -503,7 +503,7 @@ def test_the_extension_refuses_instructions_that_would_fault(isa):
     ids, weights = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
 
     def run(name: str) -> None:
-        pointers = ids.data_ptr(), weights.data_ptr(), 1, out.data_ptr()
+        pointers = ids.data_ptr(), weights.data_ptr(), 1, 0, 0, 0, out.data_ptr()
         _native.ext.moe(name, packed, x.data_ptr(), 0, 1, 32, *pointers, 32, 0, False)
 
     with pytest.raises(RuntimeError, match=f"'{isa}' cannot run here: this machine lacks"):

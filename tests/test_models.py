@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import ktcore
 from ktcore.models import decoder, families, load_model, loading, perplexity
+from ktcore.models.config import Yarn
 from ktcore.models.decoder import Mlp
 from ktcore.models.moe_layer import MoeLayer
 from ktcore.weights import CheckpointError
@@ -130,6 +131,22 @@ def test_perplexity_counts_all_but_the_first_token_of_each_window():
     expected = math.exp(sum(losses) / len(losses))
     assert perplexity(model, ids.tolist(), 4) == pytest.approx(expected, rel=1e-5)
     assert perplexity(model, text, 4) == pytest.approx(expected, rel=1e-5)
+
+
+def test_perplexity_of_the_second_half_of_each_window():
+    """As llama.cpp's llama-perplexity: the logits of tokens n / 2 to n - 2 count."""
+    model = load_model()
+    ids = IDS.repeat(2)[:16]
+    losses = []
+    for piece in ids.split(8):
+        log = model(piece).log_softmax(-1)
+        losses += [-log[i, piece[i + 1]].item() for i in range(4, 7)]
+    expected = math.exp(sum(losses) / len(losses))
+    found = perplexity(model, ids.tolist(), 8, unscored=4)
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert found != pytest.approx(perplexity(model, ids.tolist(), 8), rel=1e-3)
+    with pytest.raises(ValueError, match="unscored: expected 0 to window - 2, 6, got 7"):
+        perplexity(model, ids.tolist(), 8, unscored=7)
 
 
 @pytest.mark.parametrize(
@@ -351,7 +368,11 @@ def copied(tmp_path: Path, changes: dict | None = None) -> Path:
         ({"hidden_act": "relu"}, "hidden_act: 'relu' is not supported"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"use_sliding_window": "no"}, "use_sliding_window: expected true or false"),
-        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling.rope_type: 'yarn' is not supported"),
+        ({"rope_scaling": {"type": "longrope"}}, "rope_scaling.rope_type: 'longrope' is not supp"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling.factor: missing"),
+        ({"rope_scaling": {"type": "yarn", "factor": 0.5}}, "rope_scaling.factor: expected at lea"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "beta_fast": 1}}, "beta_fast: expected mo"),
+        ({"rope_theta": 1, "rope_scaling": {"type": "yarn", "factor": 2}}, "rope_theta: expected"),
         ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters.rope_type: 'linear'"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"rope_parameters": [1]}, "rope_parameters: expected an object"),
@@ -382,6 +403,56 @@ def test_rope_parameters_of_transformers_5_are_read(tmp_path):
     model = load_model(copied(tmp_path, changes))
     assert model.config.rope_theta == 123.0
     assert not torch.equal(model(ids), load_model()(ids))
+
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"attention_factor": 1.5},
+        {"beta_fast": 16.0, "beta_slow": 2.0, "truncate": False},
+        {"mscale": 0.7, "mscale_all_dim": 1.2},
+        {"factor": 2.5, "original_max_position_embeddings": 48},
+    ],
+)
+def test_yarn_as_in_transformers(tmp_path, changes):
+    """Over more positions than were trained on, in transformers 5's fields; the frequencies bit for
+    bit."""
+    save_small(tmp_path, torch.float32)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config.pop("rope_theta", None)
+    config.pop("rope_scaling", None)
+    config["rope_parameters"] = {**YARN, **changes}
+    path.write_text(json.dumps(config))
+    with torch.inference_mode():
+        reference = reference_model(tmp_path)
+        for name, p in reference.named_parameters():
+            if ".experts." in name:
+                p.copy_(p.bfloat16().float())
+        ids = torch.arange(110) * 37 % SMALL["vocab_size"]
+        expected = reference(ids[None]).logits[0]
+    with ktcore.use("reference"):
+        model = load_model(tmp_path)
+        assert model.config.context_length == {2.5: 120}.get(changes.get("factor"), 256)
+        rotary = model.decoder.rotary
+        assert torch.equal(rotary.frequencies, reference.model.rotary_emb.inv_freq)
+        assert rotary.scale == reference.model.rotary_emb.attention_scaling
+        assert relative(model(ids), expected) < 1e-5
+
+
+def test_yarn_as_transformers_4_writes_it(tmp_path):
+    scaling = {name: YARN[name] for name in YARN if name != "rope_theta"}
+    model = load_model(copied(tmp_path, {"rope_scaling": {"type": "yarn", **scaling}}))
+    assert model.config.yarn == Yarn(4.0, 64, 0.1 * math.log(4) + 1)
 
 
 def test_folders_that_are_no_model(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ import ktcore
 from ktcore.cli import _run
 from ktcore.formats import get_format
 from ktcore.models import generate, load_model, loading, perplexity
+from ktcore.models.config import Yarn
 from ktcore.models.loading import EMBEDDED
 from ktcore.testing.cases import inputs
 from ktcore.weights import CheckpointError, GgufFile
@@ -328,6 +330,19 @@ def test_tokenizers_that_are_refused(tmp_path, changes, what):
     assert what in str(raised.value) and str(raised.value).startswith(str(tmp_path / "m.gguf"))
 
 
+def test_yarn(tmp_path):
+    """llama.cpp multiplies what the factor asks for by what the file states."""
+    prefix = "qwen3moe__rope__scaling__"
+    keys = {"type": "yarn", "factor": 4.0, "original_context_length": 512, "attn_factor": 1.25}
+    path = keyed(tmp_path / "m.gguf", **{f"{prefix}{k}": v for k, v in keys.items()})
+    config = load_model(path).config
+    assert config.yarn == Yarn(4.0, 512, 1.25 * (0.1 * math.log(4) + 1))
+    assert config.context_length == 2048
+    keys = {f"{prefix}{k}": v for k, v in {**keys, "yarn_ext_factor": 0.5}.items()}
+    with pytest.raises(CheckpointError, match=r"rope.scaling.yarn_ext_factor: only 1"):
+        load_model(keyed(tmp_path / "n.gguf", **keys))
+
+
 # ------------------------------------------------------------------------------ what is refused
 
 
@@ -344,7 +359,8 @@ def test_tokenizers_that_are_refused(tmp_path, changes, what):
         ({"qwen3moe__attention__key_length": 33}, "expected an even number"),
         ({"qwen3moe__attention__value_length": 64}, "attention.value_length: expected"),
         ({"qwen3moe__rope__dimension_count": 16}, "rope.dimension_count: expected"),
-        ({"qwen3moe__rope__scaling__type": "yarn"}, "'yarn' is not supported"),
+        ({"qwen3moe__rope__scaling__type": "linear"}, "'linear' is not supported"),
+        ({"qwen3moe__rope__scaling__type": "yarn"}, "rope.scaling.factor: missing"),
         ({"qwen3moe__rope__freq_base": -1.0}, "expected a positive number"),
         ({"qwen3moe__rope__freq_base": float("nan")}, "expected a positive number"),
         ({"qwen3moe__expert_count": 0}, "expert_count: expected an integer from 1"),

@@ -11,17 +11,21 @@ import signal
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from gguf_models import write_gguf
+from safetensors.torch import load_file, save_file
 
 import ktcore
 from ktcore import _native
 from ktcore.cli import _run
-from ktcore.models import load_model, packing, projection
+from ktcore.models import load_model, loading, packing, projection
+from ktcore.models.expert_layout import PER_EXPERT
 from ktcore.models.loading import EMBEDDED
+from ktcore.models.source import open_source
 from ktcore.weights import Checkpoint, GgufFile, packed_cache
 from ktcore.weights.packed_cache import _START, CacheFile, CacheWriter
 
@@ -96,6 +100,36 @@ def test_gguf(folder, tmp_path, read_names):
     read_names.clear()
     assert torch.equal(load_quietly(path, cache=folder)(IDS), expected)
     assert not [n for n in read_names if "exps" in n]
+
+
+def test_biases_of_experts(folder, source, monkeypatch):
+    """They are no part of what is packed, and come from the model's files again."""
+    expected = load_model(source)(IDS)
+    layout = replace(
+        PER_EXPERT, gate_bias="{layer}.gate", up_bias="{layer}.up", down_bias="{layer}.down"
+    )
+    config = json.loads((source / "config.json").read_text())
+    sizes = {"gate": "moe_intermediate_size", "up": "moe_intermediate_size", "down": "hidden_size"}
+    tensors = load_file(source / Checkpoint.SINGLE)
+    for layer in range(config["num_hidden_layers"]):
+        for seed, (role, size) in enumerate(sizes.items()):
+            rng = torch.Generator().manual_seed(3 * layer + seed)
+            bias = torch.randn(config["num_experts"], config[size], generator=rng) / 4
+            tensors[f"{layer}.{role}"] = bias.to(torch.bfloat16)
+    save_file(tensors, source / Checkpoint.SINGLE)
+
+    def open_biased(path):
+        found = open_source(path)
+        return replace(found, names=replace(found.names, experts=(layout,)))
+
+    monkeypatch.setattr(loading, "open_source", open_biased)
+    biased = load_model(source)(IDS)
+    assert not torch.allclose(biased, expected, atol=0.1)
+    for _ in range(2):  # stored, restored
+        assert torch.equal(load_quietly(source, cache=folder)(IDS), biased)
+    experts = load_model(source, cache=folder).decoder.layers[0].mlp.experts
+    assert not experts.gate.parts
+    assert torch.equal(experts.down_bias, tensors["0.down"].float())
 
 
 def test_model_says_the_same_of_itself(folder):

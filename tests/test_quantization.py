@@ -260,7 +260,7 @@ def _weights(scheme: str, **changes) -> dict:
         ("nvfp4", _settings("nvfp4", exclude_modules=["*proj"]), "exclude_modules"),
         ("nvfp4", _settings("nvfp4", group_size=32), "group_size"),
         ("ct int4 g32", _weights("ct int4 g32", num_bits=3), "3-bit"),
-        ("ct int4 g32", _weights("ct int4 g32", strategy="block"), "per block"),
+        ("ct int4 g32", _weights("ct int4 g32", strategy="block"), "per 'block'"),
         ("ct int4 g32", _weights("ct int4 g32", symmetric=False), "weight_zero_point"),
         ("ct int4 g32", _settings("ct int4 g32", format="marlin-24"), "marlin-24"),
         ("ct int4 g32", _settings("ct int4 g32", config_groups={}), "'m.proj'"),

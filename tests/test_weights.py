@@ -105,6 +105,26 @@ def test_projections_must_fit_each_other():
         ExpertWeights(gate, up, meta)
 
 
+def test_biases():
+    e = _experts()
+    ones = torch.ones(3, 33, dtype=torch.bfloat16)
+    with_biases = ExpertWeights(e.gate, e.up, e.down, up_bias=ones.T.contiguous().T)
+    assert with_biases.up_bias.dtype == torch.float32 and with_biases.up_bias.is_contiguous()
+    assert with_biases.biases.keys() == {"up_bias"} and e.biases == {}
+    assert with_biases.nbytes == e.nbytes + 4 * ones.numel()
+    assert "with biases" in repr(with_biases) and "biases" not in repr(e)
+    for wrong, error, what in (
+        ({"gate_bias": torch.ones(3, 40)}, ValueError, r"gate_bias: expected shape \(3, 33\)"),
+        ({"up_bias": torch.ones(33)}, ValueError, "up_bias: expected shape"),
+        ({"down_bias": ones}, ValueError, r"down_bias: expected shape \(3, 40\)"),
+        ({"up_bias": ones.int()}, TypeError, "up_bias: expected a floating-point tensor"),
+        ({"up_bias": 1.0}, TypeError, "up_bias: expected a floating-point tensor, got float"),
+        ({"up_bias": ones.to("meta")}, ValueError, "up_bias: expected the device of gate"),
+    ):
+        with pytest.raises(error, match=what):
+            ExpertWeights(e.gate, e.up, e.down, **wrong)
+
+
 def test_there_must_be_experts():
     with pytest.raises(ValueError, match=r"gate: .*each at least 1"):
         _experts(experts=0)

@@ -22,7 +22,7 @@ from ktcore.formats import format_names, get_format
 from ktcore.weights import ExpertWeights, QuantTensor
 
 FORMATS = tuple(name for name in format_names() if is_packable(get_format(name)))
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "swiglu_oai": 2}
 SCORING = {"softmax": 0, "sigmoid": 1}
 CONVERTED = ("bf16", "int8", "int4_g32")  # what quantize and dequantize know
 MAX_EXPERTS = 4096  # of the route kernel's tables
@@ -136,6 +136,10 @@ def operators(backend: str) -> list[Implementation]:
                 ids.data_ptr(),
                 weights.data_ptr(),
                 ids.shape[1],
+                *(
+                    0 if bias is None else bias.data_ptr()
+                    for bias in (experts.gate_bias, experts.up_bias, experts.down_bias)
+                ),
                 out.data_ptr(),
                 hidden_size,
                 ACTIVATIONS[activation],

@@ -15,7 +15,18 @@ from ktcore.dispatch.registry import Implementation, Request
 from ktcore.formats import format_names
 from ktcore.weights import ExpertWeights, QuantTensor
 
-ACTIVATIONS = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
+
+def _swiglu_oai(gate: Tensor, up: Tensor) -> Tensor:
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+
+# Gate and up to the input of the down projection.
+ACTIVATIONS = {
+    "silu": lambda gate, up: F.silu(gate) * up,
+    "gelu_tanh": lambda gate, up: F.gelu(gate, approximate="tanh") * up,
+    "swiglu_oai": _swiglu_oai,
+}
 
 # For ranking only. Plain torch pays for each of the small operators that it is made of, and reads
 # and writes a dequantised copy of each weight that it touches.
@@ -55,8 +66,12 @@ def moe(
         gate, up, down = (
             w[e].dequantize(torch.float32) for w in (experts.gate, experts.up, experts.down)
         )
-        h = act(F.linear(x[token], gate)) * F.linear(x[token], up)
-        y = F.linear(h, down) * topk_weights[token, slot, None]
+        bias = {name: b[e] for name, b in experts.biases.items()}
+        h = act(
+            F.linear(x[token], gate, bias.get("gate_bias")),
+            F.linear(x[token], up, bias.get("up_bias")),
+        )
+        y = F.linear(h, down, bias.get("down_bias")) * topk_weights[token, slot, None]
         out.index_add_(0, token, y)
     return out.to(hidden_states.dtype)
 

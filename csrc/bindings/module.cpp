@@ -358,7 +358,8 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("moe", [](const std::string& isa, const PackedExperts& experts, uintptr_t x, int dtype,
                   int64_t tokens, int64_t x_stride, uintptr_t ids, uintptr_t weights, int64_t top_k,
-                  uintptr_t out, int64_t out_stride, int activation, bool exact) {
+                  uintptr_t gate_bias, uintptr_t up_bias, uintptr_t down_bias, uintptr_t out,
+                  int64_t out_stride, int activation, bool exact) {
     const DType type = dtype_of(dtype);
     const MoeArgs args{&experts,
                        {pointer<const void>(x), x_stride, type},
@@ -367,6 +368,9 @@ PYBIND11_MODULE(_C, m) {
                        top_k,
                        pointer<const int64_t>(ids),
                        pointer<const float>(weights),
+                       pointer<const float>(gate_bias),
+                       pointer<const float>(up_bias),
+                       pointer<const float>(down_bias),
                        static_cast<Activation>(activation),
                        exact};
     const KernelTable& table = kernels(isa);

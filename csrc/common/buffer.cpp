@@ -1,6 +1,7 @@
 #include "common/buffer.h"
 
 #include <cerrno>
+#include <cstdlib>
 #include <cstring>
 #include <new>
 #include <utility>
@@ -19,7 +20,14 @@ namespace ktcore {
 
 namespace {
 constexpr size_t kHugePage = size_t{2} << 20;
-}
+#if defined(__SANITIZE_ADDRESS__)
+#define KT_SANITIZE_ADDRESS
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define KT_SANITIZE_ADDRESS
+#endif
+#endif
+}  // namespace
 
 Buffer::Buffer(size_t bytes) : size_(bytes) {
   if (bytes == 0) return;
@@ -27,6 +35,12 @@ Buffer::Buffer(size_t bytes) : size_(bytes) {
   mapped_ = bytes;
   base_ = VirtualAlloc(nullptr, mapped_, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE);
   if (base_ == nullptr) throw std::bad_alloc();
+  data_ = static_cast<uint8_t*>(base_);
+#elif defined(KT_SANITIZE_ADDRESS)
+  // From the heap, whose bounds the sanitizer watches; it knows nothing of a mapping's.
+  mapped_ = bytes;
+  if (posix_memalign(&base_, 4096, bytes) != 0) throw std::bad_alloc();
+  std::memset(base_, 0, bytes);
   data_ = static_cast<uint8_t*>(base_);
 #else
   const bool large = bytes >= kHugePage;
@@ -58,6 +72,8 @@ Buffer::~Buffer() {
   if (base_ == nullptr) return;
 #if defined(_WIN32)
   VirtualFree(base_, 0, MEM_RELEASE);
+#elif defined(KT_SANITIZE_ADDRESS)
+  std::free(base_);
 #else
   munmap(base_, mapped_);
 #endif

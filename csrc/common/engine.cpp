@@ -52,6 +52,10 @@ void for_each_tile(int64_t first, int64_t count, int64_t max, Emit&& emit) {
   }
 }
 
+const float* row_of(const float* matrix, int64_t row, int64_t columns) {
+  return matrix == nullptr ? nullptr : matrix + row * columns;
+}
+
 }  // namespace
 
 int64_t prefetch_bytes() { return g_prefetch.load(); }
@@ -131,6 +135,9 @@ void moe(const KernelTable& table, const MoeArgs& args) {
     ActiveExpert& expert = active[active_count++];
     expert.gate_up = experts.gate_up(e);
     expert.down = experts.down(e);
+    expert.gate_bias = row_of(args.gate_bias, e, experts.intermediate_size);
+    expert.up_bias = row_of(args.up_bias, e, experts.intermediate_size);
+    expert.down_bias = row_of(args.down_bias, e, experts.hidden_size);
     expert.tile_begin = tile_count;
     for_each_tile(begin[e], count, tile_tokens,
                   [&](TokenTile tile) { tiles[tile_count++] = tile; });

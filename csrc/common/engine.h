@@ -14,6 +14,8 @@ struct MoeArgs {
   int64_t tokens, top_k;
   const int64_t* ids;  // [tokens, top_k]; -1: not computed here. Checked: throws std::out_of_range
   const float* weights;  // [tokens, top_k]
+  // Of every expert, [experts, intermediate_size] and [experts, hidden_size]; each may be null.
+  const float *gate_bias, *up_bias, *down_bias;
   Activation activation;
   bool exact;
 };

@@ -18,7 +18,8 @@ struct TokenTile {
 struct ActiveExpert {
   const uint8_t* gate_up;  // packed weights
   const uint8_t* down;
-  int32_t tile_begin, tile_end;  // its tiles
+  const float *gate_bias, *up_bias, *down_bias;  // each may be null
+  int32_t tile_begin, tile_end;                  // its tiles
 };
 
 // One call of `moe`, planned: pairs (token, expert) are sorted by expert. All memory is the caller's.

@@ -7,7 +7,7 @@
 namespace ktcore {
 
 enum class DType : int { f32 = 0, f16 = 1, bf16 = 2 };
-enum class Activation : int { silu = 0, gelu_tanh = 1 };
+enum class Activation : int { silu = 0, gelu_tanh = 1, swiglu_oai = 2 };
 enum class Scoring : int { softmax = 0, sigmoid = 1 };
 // The stored formats that `quantize` and `dequantize` know.
 enum class StoredFormat : int { bf16 = 0, int8 = 1, int4_g32 = 2 };

@@ -31,13 +31,23 @@ static KT_INLINE typename S::F gate_by_sigmoid(typename S::F x, typename S::F y)
   return S::div(x, S::add(one, exp<S>(S::sub(S::zero(), y))));
 }
 
+// What an expert's gate and up make of the input of its down.
 template <class S>
-static KT_INLINE typename S::F activate(Activation activation, typename S::F x) {
-  if (activation == Activation::silu) return gate_by_sigmoid<S>(x, x);
+static KT_INLINE typename S::F activate(Activation activation, typename S::F gate,
+                                        typename S::F up) {
+  using F = typename S::F;
+  if (activation == Activation::silu) return S::mul(gate_by_sigmoid<S>(gate, gate), up);
+  if (activation == Activation::swiglu_oai) {
+    // (The limits come first, so that NaN stays NaN.)
+    gate = S::min(S::set1(7.0f), gate);
+    up = S::max(S::set1(-7.0f), S::min(S::set1(7.0f), up));
+    const F gated = gate_by_sigmoid<S>(gate, S::mul(gate, S::set1(1.702f)));
+    return S::mul(gated, S::add(up, S::set1(1.0f)));
+  }
   // The tanh form of GELU: (1 + tanh(u)) / 2 = sigmoid(2u), u = sqrt(2 / pi) (x + 0.044715 x^3).
-  const typename S::F cube = S::mul(S::mul(x, x), x);
-  const typename S::F u = S::fma(cube, S::set1(0.044715f), x);
-  return gate_by_sigmoid<S>(x, S::mul(u, S::set1(1.5957691216057308f)));
+  const F cube = S::mul(S::mul(gate, gate), gate);
+  const F u = S::fma(cube, S::set1(0.044715f), gate);
+  return S::mul(gate_by_sigmoid<S>(gate, S::mul(u, S::set1(1.5957691216057308f))), up);
 }
 
 }  // namespace ktcore::KTCORE_ISA

@@ -1,4 +1,5 @@
-// moe: out[t] = sum over the token's experts e of weight * down_e (act(gate_e x_t) * up_e x_t).
+// moe: out[t] = sum over the token's experts e of weight * down_e (act(gate_e x_t) * up_e x_t), each
+// matrix with its bias where it has one.
 //
 // Three passes over the pool: encode the tokens and gather them by expert; gate and up for every
 // (expert, block of 32 intermediate rows), whose 32 activations are one encoded group of the next
@@ -15,6 +16,18 @@ static KT_INLINE void for_tiles(const MoeJob& job, const ActiveExpert& expert, F
     const int32_t left = expert.tile_end - i;
     f(job.tiles + i, left < tiles_at_once<Format>() ? left : tiles_at_once<Format>());
   }
+}
+
+// The biases of a block of rows; zeros without any.
+template <class S>
+static KT_INLINE void load_bias(const float* bias, int64_t block, int64_t rows, typename S::F* v) {
+  if (bias == nullptr) {
+    for (int k = 0; k < Rows32<S>::kVectors; ++k) v[k] = S::zero();
+    return;
+  }
+  const int64_t left = rows - block * kBlockRows;
+  Rows32<S>::load({bias, rows, DType::f32}, 0, block * kBlockRows,
+                  left < kBlockRows ? left : kBlockRows, v);
 }
 
 template <class S, class Format, class MidCodec>
@@ -46,6 +59,9 @@ static void gate_up(const MoeJob& job, ThreadPool& pool) {
     const EncodedTiles encoded{job.in_encoded, in_token_bytes, job.tokens_encoded, job.pair_token};
     for (int64_t b = begin; b < end; ++b) {
       const uint8_t* weights = expert.gate_up + b * 2 * in_block;
+      typename S::F gate_bias[Rows32<S>::kVectors], up_bias[Rows32<S>::kVectors];
+      load_bias<S>(expert.gate_bias, b, intermediate, gate_bias);
+      load_bias<S>(expert.up_bias, b, intermediate, up_bias);
       for_tiles<Format>(job, expert, [&](const TokenTile* tiles, int count) {
         multiply<S, Format>(*job.gate_up, weights, hidden_groups, tiles, count, planes, encoded,
                             gate, job.prefetch_bytes);
@@ -58,7 +74,8 @@ static void gate_up(const MoeJob& job, ThreadPool& pool) {
             typename S::F h[Rows32<S>::kVectors];
             for (int v = 0; v < Rows32<S>::kVectors; ++v) {
               const int64_t at = place + t * kBlockRows + v * S::kLanes;
-              h[v] = S::mul(activate<S>(job.activation, S::load(gate + at)), S::load(up + at));
+              h[v] = activate<S>(job.activation, S::add(S::load(gate + at), gate_bias[v]),
+                                 S::add(S::load(up + at), up_bias[v]));
             }
             MidCodec::encode(h, job.mid_planes, mid, tiles[i].tokens * job.mid_planes,
                              t * job.mid_planes, b, mid_groups);
@@ -99,14 +116,18 @@ static void down(const MoeJob& job, ThreadPool& pool) {
         for (int64_t b = begin; b < end; ++b) {
           multiply<S, Format>(*job.down, expert.down + b * mid_block, mid_groups, tiles, count,
                               planes, encoded, c, job.prefetch_bytes);
+          typename S::F bias[Rows32<S>::kVectors];
+          load_bias<S>(expert.down_bias, b, hidden, bias);
           for (int i = 0; i < count; ++i) {
             const float* from = c + (tiles[i].first - tiles[0].first) * planes * kBlockRows;
             for (int32_t t = 0; t < tiles[i].tokens; ++t, from += kBlockRows) {
               const int32_t pair = tiles[i].first + t;
               const typename S::F weight = S::set1(job.pair_weight[pair]);
               float* to = sum + job.pair_token[pair] * sum_stride + (b - begin) * kBlockRows;
-              for (int v = 0; v < kBlockRows; v += S::kLanes) {
-                S::store(to + v, S::fma(S::load(from + v), weight, S::load(to + v)));
+              for (int k = 0; k < Rows32<S>::kVectors; ++k) {
+                const int v = k * S::kLanes;
+                const typename S::F y = S::add(S::load(from + v), bias[k]);
+                S::store(to + v, S::fma(y, weight, S::load(to + v)));
               }
             }
           }

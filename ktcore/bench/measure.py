@@ -59,7 +59,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Round:
-    """A cell in one round: milliseconds (median) and work (mean) of a call, and the limits then."""
+    """A cell in one round: milliseconds (median) and work (mean) of a call, and the limits then.
+
+    `nbytes` counts weights in the form that the backend reads.
+    """
 
     number: int
     calls: int
@@ -97,6 +100,8 @@ class Cell:
         error: relative L2 error of a few tokens of a call against float64 arithmetic.
         wrong: what the check found wrong; empty if nothing.
         seconds: of a call, as known so far.
+        read_ratio: bytes of the backend's packed layout for each stored byte; None where it reads
+            the stored form.
     """
 
     backend: str
@@ -109,6 +114,7 @@ class Cell:
     error: float | None = None
     wrong: str = ""
     seconds: float = 0.0
+    read_ratio: float | None = None
     rounds: list[Round] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -269,7 +275,7 @@ class Bench:
         """Make the weights of every format that a cell needs, packed for those that pack."""
         s = self.settings
         storage: dict[str, Storage] = {}
-        packers: dict[str, list[str]] = {}
+        packers: dict[str, dict[str, set[str]]] = {}
         for name in dict.fromkeys(cell.format for cell in self._active()):
             users = dict.fromkeys(c.backend for c in self._active() if c.format == name)
             trial = make_workload(s.op, s.shape, name, s.seed, s.skew)
@@ -282,22 +288,28 @@ class Bench:
             workload = make_workload(s.op, shape, name, s.seed, s.skew)
 
             def pack(weights: Weights, call: Call, name=name, workload=workload) -> None:
-                for backend in packers[name]:
+                for backend, layouts in packers[name].items():
+                    cells = [c for c in self._active() if (c.backend, c.format) == (backend, name)]
                     try:
                         with registry.use(backend):
                             workload.run(weights, call)
                     except Exception as error:
-                        for cell in self._active():
-                            if (cell.backend, cell.format) == (backend, name):
-                                _fail(cell, error)
+                        for cell in cells:
+                            _fail(cell, error)
+                        continue
+                    packed = sum(getattr(weights.packed[key], "nbytes", 0) for key in layouts)
+                    for cell in cells if packed else ():
+                        cell.read_ratio = packed / weights.nbytes
 
             workload.build(layers, pack, release=not kind.stored)
             self._workloads[name] = workload
 
     @staticmethod
-    def _storage(workload: Workload, users: list[str]) -> tuple[Storage, list[str]]:
-        """In which forms a format's users need its weights, and which of them pack; by trying."""
-        stored, packers = False, []
+    def _storage(workload: Workload, users: list[str]) -> tuple[Storage, dict[str, set[str]]]:
+        """In which forms a format's users need its weights, and which of them pack, in which
+        layouts; by trying.
+        """
+        stored, packers = False, {}
         call = workload.tiny_call()
         for backend in users:
             weights = workload.tiny()
@@ -305,7 +317,7 @@ class Bench:
                 with registry.use(backend):
                     workload.run(weights, call)
                     if weights.packed:
-                        packers.append(backend)
+                        packers[backend] = set(weights.packed)
                     weights.release()
                     workload.run(weights, call)
             except Exception:  # it wants the stored form, or fails: then the real call will say how
@@ -455,7 +467,7 @@ class Bench:
             number,
             count,
             cell.seconds * 1e3,
-            statistics.fmean(c.nbytes for c in calls),
+            statistics.fmean(c.nbytes for c in calls) * (cell.read_ratio or 1.0),
             statistics.fmean(c.operations for c in calls),
         )
 

@@ -57,6 +57,7 @@ def _cell(cell: Cell) -> dict:
         **out,
         "isa": cell.isa,
         "peak_kind": cell.kind,
+        "read_ratio": cell.read_ratio,
         "ms": ms,
         "tokens_per_second": cell.tokens / ms["median"] * 1e3,
         "gbps": spread(r.gbps for r in cell.rounds),

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ktcore.formats._packing import ceil_div, groups, spread, wide
+from ktcore.formats._packing import ceil_div, column_weights, groups, spread, total, wide
 from ktcore.formats.base import Codes, Format, Parts, Shape
-from ktcore.formats.integer import Int4Group32
+from ktcore.formats.integer import Int4Group32, search_symmetric
 
 # Weights that are all below this are stored as zeros: the reciprocal of their scale would leave the
 # range of float16.
@@ -154,29 +154,39 @@ class GroupedInteger(Format):
 
     # ------------------------------------------------------------------------------- encoding
 
-    def quantize(self, weight: Tensor) -> Parts:
-        """In 4 bits with the scale, and zero point, of least squared error among several tried."""
+    def quantize(self, weight: Tensor, importance: Tensor | None = None) -> Parts:
+        """With the scale, and zero point, of least squared error among several tried.
+
+        (In 8 bits without importance: the scale of the largest weight, where nothing is to gain.)
+        """
         g_idx = None
         if self.act_order:  # as it comes: no calibration says which columns matter
             place = torch.arange(weight.shape[-1], device=weight.device) // self._size(
                 weight.shape[-1]
             )
             g_idx = place.to(torch.int32).expand(*weight.shape[:-2], -1).contiguous()
-        return self.pack(self.round(weight, g_idx))
+        return self.pack(self.round(weight, g_idx, importance))
 
-    def round(self, weight: Tensor, g_idx: Tensor | None = None) -> Grouped:
+    def round(
+        self, weight: Tensor, g_idx: Tensor | None = None, importance: Tensor | None = None
+    ) -> Grouped:
         """The nearest codes under the best scales, with act-order under given groups [..., I]."""
         columns, half = weight.shape[-1], 1 << (self.code_bits - 1)
+        weights = column_weights(importance, tuple(weight.shape))
         weight, order = weight.to(torch.float32), None
         if g_idx is not None:
             order = g_idx.sort(dim=-1, stable=True).indices[..., None, :].expand(weight.shape)
             weight = weight.gather(-1, order)
+            if weights is not None:
+                weights = weights.gather(-1, order[..., 0, :])
         x = groups(weight, self._size(columns))
+        if weights is not None:
+            weights = groups(weights[..., None, :], self._size(columns))
         if self.symmetric:
             zeros, offset = None, half
-            scales = self._symmetric_scales(x)
+            scales = self._symmetric_scales(x, weights)
         else:
-            scales, zeros = self._asymmetric_scales(x)
+            scales, zeros = self._asymmetric_scales(x, weights)
             offset = zeros[..., None]
         scales = scales.to(self.scale_dtype)
         stored = scales.to(torch.float32)[..., None]
@@ -190,15 +200,19 @@ class GroupedInteger(Format):
             q = torch.empty_like(q).scatter_(-1, order, q)
         return Grouped(q, scales, zeros, g_idx)
 
-    def _symmetric_scales(self, x: Tensor) -> Tensor:
+    def _symmetric_scales(self, x: Tensor, importance: Tensor | None) -> Tensor:
         """[..., G] for groups x [..., G, size]."""
         if self.code_bits == 4:
-            return Int4Group32._search(x)
+            return Int4Group32._search(x, importance)
         largest = x.abs().amax(-1)
         usable = largest.isfinite() & (largest >= SMALLEST)
-        return torch.where(usable, largest, largest - largest) / ((1 << (self.code_bits - 1)) - 1)
+        most = (1 << (self.code_bits - 1)) - 1
+        scales = torch.where(usable, largest, largest - largest) / most
+        if importance is None:
+            return scales
+        return torch.where(usable, search_symmetric(x, importance, most).squeeze(-1), scales)
 
-    def _asymmetric_scales(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _asymmetric_scales(self, x: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
         """Scales [..., G] and zeros int16 [..., G] for groups x [..., G, size]."""
         most = (1 << self.code_bits) - 1
         low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
@@ -209,9 +223,9 @@ class GroupedInteger(Format):
             scale = torch.where(usable, span * (1 - 0.025 * step) / most, torch.ones_like(span))
             zero = (most / 2 - (low + high) / 2 / scale).nan_to_num(0).round().clamp(0, most)
             q = ((x / scale).round().nan_to_num(0) + zero).clamp(0, most) - zero
-            dot, norm = (x * q).sum(-1, keepdim=True), (q * q).sum(-1, keepdim=True)
+            dot, norm = total(x * q, importance), total(q * q, importance)
             scale = torch.where((dot > 0) & (norm > 0), dot / norm, scale)
-            error = (q * scale - x).square().sum(-1, keepdim=True)
+            error = total((q * scale - x).square(), importance)
             if best is None:
                 best, best_zero, best_error = scale, zero, error
             else:
@@ -246,7 +260,7 @@ class Calibrated(GroupedInteger):
 
     method: str
 
-    def quantize(self, weight: Tensor) -> Parts:
+    def quantize(self, weight: Tensor, importance: Tensor | None = None) -> Parts:
         raise TypeError(
             f"format: {self.name} is made by {self.method} with calibration data; ktcore reads it, "
             "but does not quantise to it: choose int4, or another format"

@@ -28,6 +28,40 @@ def groups(x: Tensor, group_size: int) -> Tensor:
     return padded.reshape(*x.shape[:-1], count, group_size)
 
 
+# Of the mean: columns that calibration never saw still count a little, so that no group of weights
+# is left without any error to go by.
+LEAST_IMPORTANCE = 1e-4
+
+
+def column_weights(importance: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    """`importance` [..., I] of a weight of a shape [..., O, I], as float32 of mean 1 a matrix.
+
+    A matrix whose columns all have none counts them alike.
+
+    Raises:
+        ValueError: another shape, or numbers that are negative or not finite.
+    """
+    if importance is None:
+        return None
+    expected = (*shape[:-2], shape[-1])
+    if tuple(importance.shape) != expected:
+        raise ValueError(
+            f"importance: expected shape {expected} for a weight of shape {tuple(shape)}, got "
+            f"{tuple(importance.shape)}"
+        )
+    wide = importance.to(torch.float64)
+    if not bool((wide.isfinite() & (wide >= 0)).all()):
+        raise ValueError("importance: expected finite numbers of at least 0")
+    mean = wide.mean(-1, keepdim=True)
+    relative = torch.where(mean > 0, wide / torch.where(mean > 0, mean, 1.0), 1.0)
+    return relative.clamp(min=LEAST_IMPORTANCE).to(torch.float32)
+
+
+def total(x: Tensor, importance: Tensor | None) -> Tensor:
+    """The sum over the last dimension, kept; each weighed by its importance, which broadcasts."""
+    return (x if importance is None else x * importance).sum(-1, keepdim=True)
+
+
 def words(count: int, bits: int) -> int:
     """How many int32 so many codes take."""
     return ceil_div(count * bits, 32)

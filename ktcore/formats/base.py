@@ -157,8 +157,18 @@ class Format(abc.ABC):
         """Shape and dtype of each part of a weight of a logical shape."""
 
     @abc.abstractmethod
-    def quantize(self, weight: Tensor) -> Parts:
-        """Store a float tensor [..., O, I]. The reference quantiser, in plain torch."""
+    def quantize(self, weight: Tensor, importance: Tensor | None = None) -> Parts:
+        """Store a float tensor [..., O, I]. The reference quantiser, in plain torch.
+
+        Args:
+            weight: [..., O, I].
+            importance: [..., I], of at least 0: how much the squared error of each column counts,
+                in every row of a matrix; None: all alike. Only their ratios matter. Formats that do
+                not search for scales leave it aside.
+
+        Raises:
+            ValueError: importance has another shape, or holds what is negative or not finite.
+        """
 
     @abc.abstractmethod
     def dequantize(self, parts: Parts, shape: Shape, dtype: torch.dtype = torch.float32) -> Tensor:

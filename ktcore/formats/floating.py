@@ -31,7 +31,7 @@ class Plain(Format):
     def part_specs(self, shape: Shape) -> dict[str, tuple[Shape, torch.dtype]]:
         return {"data": (shape, self.dtype)}
 
-    def quantize(self, weight: Tensor) -> Parts:
+    def quantize(self, weight: Tensor, importance: Tensor | None = None) -> Parts:
         return {"data": weight.to(self.dtype)}
 
     def dequantize(self, parts: Parts, shape: Shape, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -51,7 +51,7 @@ class Fp8Channel(Format):
     def part_specs(self, shape: Shape) -> dict[str, tuple[Shape, torch.dtype]]:
         return {"data": (shape, torch.float8_e4m3fn), "scales": (shape[:-1], torch.float32)}
 
-    def quantize(self, weight: Tensor) -> Parts:
+    def quantize(self, weight: Tensor, importance: Tensor | None = None) -> Parts:
         weight = weight.to(torch.float32)
         scales = scale_of(weight.abs().amax(dim=-1))
         return {"data": to_e4m3(weight * reciprocal(scales)[..., None]), "scales": scales}
@@ -94,7 +94,7 @@ class Fp8Block(Format):
         scales = self._of_rows(scales, shape)
         return scales.repeat_interleave(self.group_size, -1)[..., : shape[-1]]
 
-    def quantize(self, weight: Tensor) -> Parts:
+    def quantize(self, weight: Tensor, importance: Tensor | None = None) -> Parts:
         weight = weight.to(torch.float32)
         shape = tuple(weight.shape)
         *lead, down, across = self.part_specs(shape)["scales"][0]

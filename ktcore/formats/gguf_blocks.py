@@ -13,10 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ktcore.formats._packing import column_weights
 from ktcore.formats.base import BlockCodes, Codes, Field, Format, Parts, Shape
 
-# Blocks quantised at a time: bounds the memory of the searches for scales.
-CHUNK_WEIGHTS = 1 << 20
+# Weights quantised at a time: bounds the memory of the searches for scales, and keeps it in the
+# second-level cache, which doubles their speed.
+CHUNK_WEIGHTS = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,9 @@ class BlockFormat(Format):
     def unpack_scales(self, blocks: Tensor) -> Scales:
         """The scales and offsets of blocks uint8 [N, type_size]."""
 
-    def pack(self, x: Tensor) -> Tensor:
-        """The blocks uint8 [N, type_size] nearest to x float32 [N, block_size], all finite."""
+    def pack(self, x: Tensor, importance: Tensor | None) -> Tensor:
+        """The blocks uint8 [N, type_size] nearest to x float32 [N, block_size], all finite;
+        squared errors weighed by importance [N, block_size], if there is one."""
         raise TypeError(
             f"format: quantising to {self.name} is not offered; it is read from GGUF files that "
             f"llama.cpp made"
@@ -109,13 +112,14 @@ class BlockFormat(Format):
         size = shape[-1] // self.block_size * self.type_size
         return {"data": ((*shape[:-1], size), torch.uint8)}
 
-    def quantize(self, weight: Tensor) -> Parts:
-        """Searches for scales by least squares, as llama.cpp does, each weight alike important.
+    def quantize(self, weight: Tensor, importance: Tensor | None = None) -> Parts:
+        """Searches for scales by least squares, as llama.cpp does.
 
         A block with a NaN or an infinity gets NaN scales; one whose scales are beyond float16 gets
         infinite ones, one whose scales are below becomes zero.
         """
         specs = self.part_specs(tuple(weight.shape))
+        weights = column_weights(importance, tuple(weight.shape))
         # Contiguous: the order of a sum would otherwise depend on the strides.
         x = weight.to(torch.float32).reshape(-1, self.block_size).contiguous()
         blocks = x.new_empty((len(x), self.type_size), dtype=torch.uint8)
@@ -123,9 +127,19 @@ class BlockFormat(Format):
         for start in range(0, max(1, len(x)), step):  # once for no rows: it may raise
             part = x[start : start + step]
             sound = part.isfinite().all(-1, keepdim=True)
-            packed = self.pack(torch.where(sound, part, 0.0))
+            part_weights = None
+            if weights is not None:
+                part_weights = self._of_blocks(weights, weight.shape, start, len(part))
+            packed = self.pack(torch.where(sound, part, 0.0), part_weights)
             blocks[start : start + step] = torch.where(sound, packed, self._spoilt(packed))
         return {"data": blocks.reshape(specs["data"][0])}
+
+    def _of_blocks(self, weights: Tensor, shape: Shape, start: int, count: int) -> Tensor:
+        """What the columns [..., I] of a weight [..., O, I] have, for some of its blocks."""
+        in_row = shape[-1] // self.block_size
+        at = torch.arange(start, start + count, device=weights.device)
+        matrix, column = at // (in_row * shape[-2]), at % in_row
+        return weights.reshape(-1, self.block_size)[matrix * in_row + column]
 
     def _spoilt(self, blocks: Tensor) -> Tensor:
         """The same blocks with scales that are NaN."""

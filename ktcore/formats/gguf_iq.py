@@ -219,9 +219,9 @@ class IQ4_NL(BlockFormat):
     def unpack_scales(self, blocks: Tensor) -> Scales:
         return Scales(half(blocks, 0))
 
-    def pack(self, x: Tensor) -> Tensor:
+    def pack(self, x: Tensor, importance: Tensor | None) -> Tensor:
         levels = Levels(self.levels)
-        d = symmetric(x, levels, _TARGETS)
+        d = symmetric(x, levels, _TARGETS, importance)
         q = levels.encode(x, rounded(d))
         return torch.cat([half_bytes(d), unfields(q, 4, 16)], -1)
 
@@ -241,9 +241,14 @@ class IQ4_XS(BlockFormat):
         scales = fields(blocks[:, 4:8], 4, 1) | fields(blocks[:, 2:4], 2, 1) << 4
         return Scales(half(blocks, 0), scales.to(torch.int8) - 32)
 
-    def pack(self, x: Tensor) -> Tensor:
+    def pack(self, x: Tensor, importance: Tensor | None) -> Tensor:
         d, scales, q = nested_symmetric(
-            x.unflatten(-1, (-1, 32)), Levels(self.levels), _TARGETS, -32, 31
+            x.unflatten(-1, (-1, 32)),
+            Levels(self.levels),
+            _TARGETS,
+            -32,
+            31,
+            None if importance is None else importance.unflatten(-1, (-1, 32)),
         )
         scales = scales + 32
         high, low = unfields(scales >> 4, 2, 1), unfields(scales & 15, 4, 1)

@@ -19,6 +19,10 @@ class _K(BlockFormat):
     block_size = 256
 
 
+def _grouped(importance: Tensor | None, size: int) -> Tensor | None:
+    return None if importance is None else importance.unflatten(-1, (-1, size))
+
+
 def _bytes(integers: Tensor) -> Tensor:
     return integers.to(torch.uint8)
 
@@ -37,9 +41,11 @@ class Q2_K(_K):
         scales, mins = blocks[:, :16] & 15, blocks[:, :16] >> 4
         return Scales(half(blocks, 80), scales, -half(blocks, 82), mins)
 
-    def pack(self, x: Tensor) -> Tensor:
+    def pack(self, x: Tensor, importance: Tensor | None) -> Tensor:
         steps = [-0.5 + 0.1 * step for step in range(16)]
-        d, dmin, scales, mins, q = nested_affine(x.unflatten(-1, (-1, 16)), 3, steps, 15)
+        d, dmin, scales, mins, q = nested_affine(
+            x.unflatten(-1, (-1, 16)), 3, steps, 15, _grouped(importance, 16)
+        )
         packed = unfields(q.flatten(1), 2, 32)
         return torch.cat([_bytes(scales | mins << 4), packed, half_bytes(d), half_bytes(dmin)], -1)
 
@@ -58,10 +64,15 @@ class Q3_K(_K):
         scales = fields(blocks[:, 96:104], 4, 8) | fields(blocks[:, 104:108], 2, 4) << 4
         return Scales(half(blocks, 108), scales.to(torch.int8) - 32)
 
-    def pack(self, x: Tensor) -> Tensor:
+    def pack(self, x: Tensor, importance: Tensor | None) -> Tensor:
         targets = [-4 + 0.1 * step for step in range(-14, 10)]
         d, scales, q = nested_symmetric(
-            x.unflatten(-1, (-1, 16)), Levels(self.levels), targets, -32, 31
+            x.unflatten(-1, (-1, 16)),
+            Levels(self.levels),
+            targets,
+            -32,
+            31,
+            _grouped(importance, 16),
         )
         q, scales = q.flatten(1), scales + 32
         return torch.cat(
@@ -99,11 +110,15 @@ class _Affine(_K):
         scales, mins = _scales_and_mins(blocks[:, 4:16])
         return Scales(half(blocks, 0), scales, -half(blocks, 2), mins)
 
-    def search(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def search(self, x: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
         """The first 16 bytes of the blocks, and the codes [N, 256]."""
         steps = [-1 + 0.1 * step for step in range(21)]
         d, dmin, scales, mins, q = nested_affine(
-            x.unflatten(-1, (-1, 32)), len(self.levels) - 1, steps, 63
+            x.unflatten(-1, (-1, 32)),
+            len(self.levels) - 1,
+            steps,
+            63,
+            _grouped(importance, 32),
         )
         head = [half_bytes(d), half_bytes(dmin), _pack_scales_and_mins(scales, mins)]
         return torch.cat(head, -1), q.flatten(1)
@@ -118,8 +133,8 @@ class Q4_K(_Affine):
     levels = tuple(range(16))
     halves = ((0, 1.0), (2, 7.5))
 
-    def pack(self, x: Tensor) -> Tensor:
-        head, q = self.search(x)
+    def pack(self, x: Tensor, importance: Tensor | None) -> Tensor:
+        head, q = self.search(x, importance)
         return torch.cat([head, unfields(q, 4, 32)], -1)
 
 
@@ -132,8 +147,8 @@ class Q5_K(_Affine):
     levels = tuple(range(32))
     halves = ((0, 1.0), (2, 15.5))
 
-    def pack(self, x: Tensor) -> Tensor:
-        head, q = self.search(x)
+    def pack(self, x: Tensor, importance: Tensor | None) -> Tensor:
+        head, q = self.search(x, importance)
         return torch.cat([head, unfields(q >> 4, 1, 32), unfields(q & 15, 4, 32)], -1)
 
 
@@ -150,10 +165,15 @@ class Q6_K(_K):
     def unpack_scales(self, blocks: Tensor) -> Scales:
         return Scales(half(blocks, 208), blocks[:, 192:208].view(torch.int8))
 
-    def pack(self, x: Tensor) -> Tensor:
+    def pack(self, x: Tensor, importance: Tensor | None) -> Tensor:
         targets = [-32 + 0.1 * step for step in range(-9, 10)]
         d, scales, q = nested_symmetric(
-            x.unflatten(-1, (-1, 16)), Levels(self.levels), targets, -128, 127
+            x.unflatten(-1, (-1, 16)),
+            Levels(self.levels),
+            targets,
+            -128,
+            127,
+            _grouped(importance, 16),
         )
         q = q.flatten(1)
         scales = scales.to(torch.int8).view(torch.uint8)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ktcore.formats._packing import total
 from ktcore.formats.base import Field
 from ktcore.formats.gguf_blocks import (
     BlockFormat,
@@ -50,9 +51,9 @@ class Q4_0(_Legacy):
     code_fields = _codes_at(2)
     levels = tuple(range(-8, 8))
 
-    def pack(self, x: Tensor) -> Tensor:
+    def pack(self, x: Tensor, importance: Tensor | None) -> Tensor:
         levels = Levels(self.levels)
-        d = symmetric(x, levels, _symmetric(8))
+        d = symmetric(x, levels, _symmetric(8), importance)
         q = levels.encode(x, rounded(d))
         return torch.cat([half_bytes(d), unfields(q, 4, 16)], -1)
 
@@ -69,8 +70,8 @@ class Q4_1(_Legacy):
     def unpack_scales(self, blocks: Tensor) -> Scales:
         return Scales(half(blocks, 0), offsets=half(blocks, 2))
 
-    def pack(self, x: Tensor) -> Tensor:
-        d, m = affine(x, 15, positive_offset=True, steps=_AFFINE)
+    def pack(self, x: Tensor, importance: Tensor | None) -> Tensor:
+        d, m = affine(x, 15, positive_offset=True, steps=_AFFINE, importance=importance)
         q = encode_affine(x, rounded(d), rounded(m), 15)
         return torch.cat([half_bytes(d), half_bytes(m), unfields(q, 4, 16)], -1)
 
@@ -83,9 +84,9 @@ class Q5_0(_Legacy):
     code_fields = _codes_at(6, high=2)
     levels = tuple(range(-16, 16))
 
-    def pack(self, x: Tensor) -> Tensor:
+    def pack(self, x: Tensor, importance: Tensor | None) -> Tensor:
         levels = Levels(self.levels)
-        d = symmetric(x, levels, _symmetric(16))
+        d = symmetric(x, levels, _symmetric(16), importance)
         q = levels.encode(x, rounded(d))
         return torch.cat([half_bytes(d), unfields(q >> 4, 1, 1), unfields(q & 15, 4, 16)], -1)
 
@@ -102,8 +103,8 @@ class Q5_1(_Legacy):
     def unpack_scales(self, blocks: Tensor) -> Scales:
         return Scales(half(blocks, 0), offsets=half(blocks, 2))
 
-    def pack(self, x: Tensor) -> Tensor:
-        d, m = affine(x, 31, positive_offset=True, steps=_AFFINE)
+    def pack(self, x: Tensor, importance: Tensor | None) -> Tensor:
+        d, m = affine(x, 31, positive_offset=True, steps=_AFFINE, importance=importance)
         q = encode_affine(x, rounded(d), rounded(m), 31)
         high, low = unfields(q >> 4, 1, 1), unfields(q & 15, 4, 16)
         return torch.cat([half_bytes(d), half_bytes(m), high, low], -1)
@@ -117,9 +118,9 @@ class Q8_0(_Legacy):
     code_fields = (Field(2, 32, 8, 32),)
     levels = tuple(BYTES.tolist())
 
-    def pack(self, x: Tensor) -> Tensor:
+    def pack(self, x: Tensor, importance: Tensor | None) -> Tensor:
         levels = Levels(range(-127, 128))
-        d = symmetric(x, levels, [-127 + 0.25 * step for step in range(-2, 3)])
+        d = symmetric(x, levels, [-127 + 0.25 * step for step in range(-2, 3)], importance)
         q = levels.encode(x, rounded(d)) - 127
         return torch.cat([half_bytes(d), q.to(torch.int8).view(torch.uint8)], -1)
 
@@ -147,15 +148,15 @@ class MXFP4(_Legacy):
         e = e.to(torch.int32)
         return torch.where(e < 2, 0x200000 << e.clamp(max=1), (e - 1) << 23).view(torch.float32)
 
-    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+    def quantize(self, weight: Tensor, importance: Tensor | None = None) -> dict[str, Tensor]:
         if not weight.isfinite().all():
             raise ValueError(
                 "weight: expected finite numbers, got a NaN or an infinity, which gguf_mxfp4 "
                 "cannot store"
             )
-        return super().quantize(weight)
+        return super().quantize(weight, importance)
 
-    def pack(self, x: Tensor) -> Tensor:
+    def pack(self, x: Tensor, importance: Tensor | None) -> Tensor:
         magnitudes = Levels(self.levels[:8])
         largest = x.abs().amax(-1, keepdim=True)
         # The largest weight falls to 8..16 with the power that most writers take, or twice or half.
@@ -169,7 +170,7 @@ class MXFP4(_Legacy):
             index = magnitudes.index((x.abs() / scale).clamp(max=1e6))
             value = look_up(torch.tensor(magnitudes.values, device=x.device), index) * scale
             # In float64: squares of the smallest weights vanish in float32.
-            error = (value - x.abs()).to(torch.float64).square().sum(-1, keepdim=True)
+            error = total((value - x.abs()).to(torch.float64).square(), importance)
             better = error < best_error
             best_error = torch.where(better, error, best_error)
             best_e = torch.where(better, trial, best_e)

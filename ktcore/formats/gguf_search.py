@@ -2,6 +2,7 @@
 
 The procedure of llama.cpp's `ggml-quants.c` (`make_qx_quants`, `make_qkx2_quants`), for all groups
 at once: round with a trial scale, project the weights onto the integers found, keep the best.
+Squared errors are weighed by an importance of the shape of x, where one is given.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ktcore.formats._packing import total
 from ktcore.formats.gguf_blocks import look_up, rounded
 
 # Groups that are all below this are stored as zeros; far below what float16 scales can express.
@@ -50,7 +52,9 @@ class Levels:
         return self.index((x * inverse).clamp(-1e6, 1e6))
 
 
-def symmetric(x: Tensor, levels: Levels, targets: Iterable[float]) -> Tensor:
+def symmetric(
+    x: Tensor, levels: Levels, targets: Iterable[float], importance: Tensor | None = None
+) -> Tensor:
     """The scales [..., 1] of x [..., n] with the least squared error found.
 
     Args:
@@ -66,8 +70,8 @@ def symmetric(x: Tensor, levels: Levels, targets: Iterable[float]) -> Tensor:
     best_gain = torch.zeros_like(safe)
     for target in targets:
         q = levels.nearest(unit * target)
-        dot, norm = (unit * q).sum(-1, keepdim=True), (q * q).sum(-1, keepdim=True)
-        scale = dot / norm.clamp(min=1)
+        dot, norm = total(unit * q, importance), total(q * q, importance)
+        scale = torch.where(norm > 0, dot / norm, 0.0)
         gain = scale * dot
         better = gain > best_gain
         best_gain = torch.where(better, gain, best_gain)
@@ -76,7 +80,12 @@ def symmetric(x: Tensor, levels: Levels, targets: Iterable[float]) -> Tensor:
 
 
 def affine(
-    x: Tensor, highest: int, *, positive_offset: bool, steps: Iterable[float]
+    x: Tensor,
+    highest: int,
+    *,
+    positive_offset: bool,
+    steps: Iterable[float],
+    importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scales >= 0 and offsets [..., 1] for x [..., n] as scale * q + offset, q in 0..highest.
 
@@ -95,16 +104,16 @@ def affine(
     x, low, spread = x / safe, low / safe, (high - low) / safe
     flat = spread < 1e-6  # all weights alike: the offset is enough
     spread = torch.where(flat, 1.0, spread)
-    n = x.shape[-1]
-    sum_x = x.sum(-1, keepdim=True)
+    n = x.shape[-1] if importance is None else importance.sum(-1, keepdim=True)
+    sum_x = total(x, importance)
     best_scale = torch.where(flat, 0.0, spread / highest)
     best_offset = low.clone()
     plain = ((x - low) / spread * highest).round().clamp(0, highest)
-    best_error = (best_scale * plain + low - x).square().sum(-1, keepdim=True)
+    best_error = total((best_scale * plain + low - x).square(), importance)
     for step in steps:
         q = ((x - low) * ((highest + step) / spread)).round().clamp(0, highest)
-        sum_q, sum_qq = q.sum(-1, keepdim=True), (q * q).sum(-1, keepdim=True)
-        sum_xq = (x * q).sum(-1, keepdim=True)
+        sum_q, sum_qq = total(q, importance), total(q * q, importance)
+        sum_xq = total(x * q, importance)
         determinant = n * sum_qq - sum_q * sum_q
         solvable = (determinant > 0) & ~flat
         determinant = torch.where(solvable, determinant, 1.0)
@@ -112,9 +121,9 @@ def affine(
         offset = (sum_qq * sum_x - sum_q * sum_xq) / determinant
         if not positive_offset:
             above = offset > 0
-            scale = torch.where(above, sum_xq / sum_qq.clamp(min=1), scale)
+            scale = torch.where(above & (sum_qq > 0), sum_xq / sum_qq, scale)
             offset = offset.clamp(max=0)
-        error = (scale * q + offset - x).square().sum(-1, keepdim=True)
+        error = total((scale * q + offset - x).square(), importance)
         better = solvable & (scale >= 0) & (error < best_error)
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)
@@ -130,16 +139,24 @@ def encode_affine(x: Tensor, scale: Tensor, offset: Tensor, highest: int) -> Ten
     return q.round().clamp(0, highest).to(torch.uint8)
 
 
-def refit(x: Tensor, multiple: Tensor, fallback: Tensor) -> Tensor:
+def refit(
+    x: Tensor, multiple: Tensor, fallback: Tensor, importance: Tensor | None = None
+) -> Tensor:
     """The factor [N, 1] that makes factor * multiple [N, ...] nearest to x; else the fallback."""
     x, multiple = x.flatten(1), multiple.flatten(1)
-    norm = (multiple * multiple).sum(-1, keepdim=True)
-    factor = (x * multiple).sum(-1, keepdim=True) / norm.clamp(min=1)
+    importance = None if importance is None else importance.flatten(1)
+    norm = total(multiple * multiple, importance)
+    factor = torch.where(norm > 0, total(x * multiple, importance) / norm, 0.0)
     return torch.where(factor.abs() >= SMALLEST, factor, fallback)
 
 
 def nested_symmetric(
-    x: Tensor, levels: Levels, targets: Iterable[float], lowest: int, highest: int
+    x: Tensor,
+    levels: Levels,
+    targets: Iterable[float],
+    lowest: int,
+    highest: int,
+    importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x [N, G, n] as d * scale * level, with one d a block and one integer scale a group.
 
@@ -147,17 +164,21 @@ def nested_symmetric(
         d float32 [N, 1] as float16 stores it, scales int64 [N, G] in lowest..highest, indices of
         levels [N, G, n].
     """
-    ideal = symmetric(x, levels, targets).squeeze(-1)
+    ideal = symmetric(x, levels, targets, importance).squeeze(-1)
     d = ideal.gather(-1, ideal.abs().argmax(-1, keepdim=True)) / lowest
     inverse = torch.where(d.abs() >= SMALLEST, 1 / d, 0.0)
     scales = (ideal * inverse).round().clamp(lowest, highest)
     values = levels.nearest((x / _nonzero(d * scales)[..., None]).clamp(-1e6, 1e6))
-    d = rounded(refit(x, scales[..., None] * values, d))
+    d = rounded(refit(x, scales[..., None] * values, d, importance))
     return d, scales.to(torch.int64), levels.encode(x, (d * scales)[..., None])
 
 
 def nested_affine(
-    x: Tensor, highest: int, steps: Iterable[float], largest_scale: int
+    x: Tensor,
+    highest: int,
+    steps: Iterable[float],
+    largest_scale: int,
+    importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """x [N, G, n] as d * scale * q - dmin * m, with d, dmin a block, integer scale, m a group.
 
@@ -165,11 +186,13 @@ def nested_affine(
         d and dmin float32 [N, 1] as float16 stores them, scales and mins int64 [N, G], codes uint8
         [N, G, n].
     """
-    scale, offset = (t.squeeze(-1) for t in affine(x, highest, positive_offset=False, steps=steps))
+    found = affine(x, highest, positive_offset=False, steps=steps, importance=importance)
+    scale, offset = (t.squeeze(-1) for t in found)
     d, scales = _shared(scale, largest_scale)
     dmin, mins = _shared(-offset, largest_scale)
     q = encode_affine(x, (d * scales)[..., None], (-dmin * mins)[..., None], highest)
-    d, dmin = (rounded(t) for t in _refit_both(x, scales[..., None] * q, mins, d, dmin))
+    both = _refit_both(x, scales[..., None] * q, mins, d, dmin, importance)
+    d, dmin = (rounded(t) for t in both)
     q = encode_affine(x, (d * scales)[..., None], (-dmin * mins)[..., None], highest)
     return d, dmin, scales.to(torch.int64), mins.to(torch.int64), q
 
@@ -182,12 +205,18 @@ def _shared(ideal: Tensor, largest: int) -> tuple[Tensor, Tensor]:
 
 
 def _refit_both(
-    x: Tensor, multiple: Tensor, mins: Tensor, d: Tensor, dmin: Tensor
+    x: Tensor,
+    multiple: Tensor,
+    mins: Tensor,
+    d: Tensor,
+    dmin: Tensor,
+    importance: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """d and dmin [N, 1] that make d * multiple - dmin * mins nearest to x; else those given."""
     a, b, x = multiple.flatten(1), mins[..., None].expand_as(x).flatten(1), x.flatten(1)
-    aa, ab, bb = ((s * t).sum(-1, keepdim=True) for s, t in ((a, a), (a, b), (b, b)))
-    ax, bx = (a * x).sum(-1, keepdim=True), (b * x).sum(-1, keepdim=True)
+    weights = None if importance is None else importance.flatten(1)
+    aa, ab, bb = (total(s * t, weights) for s, t in ((a, a), (a, b), (b, b)))
+    ax, bx = total(a * x, weights), total(b * x, weights)
     determinant = aa * bb - ab * ab
     sound = determinant > 1e-3 * aa * bb
     determinant = torch.where(sound, determinant, 1.0)

@@ -25,11 +25,11 @@ class _Ternary(BlockFormat):
     block_size = 256
     group_size = 256
 
-    def search(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def search(self, x: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
         """Scales [N, 1] and codes 0, 1, 2 [N, 256] for -1, 0, 1."""
         # Weights from 1 / (2 * target) of the largest on are not zero.
         levels, targets = Levels((-1, 0, 1)), [0.75 + 0.125 * step for step in range(30)]
-        d = symmetric(x, levels, targets)
+        d = symmetric(x, levels, targets, importance)
         return d, levels.encode(x, rounded(d))
 
 
@@ -55,8 +55,8 @@ class TQ1_0(_Ternary):
     def unpack_scales(self, blocks: Tensor) -> Scales:
         return Scales(half(blocks, 52))
 
-    def pack(self, x: Tensor) -> Tensor:
-        d, q = self.search(x)
+    def pack(self, x: Tensor, importance: Tensor | None) -> Tensor:
+        d, q = self.search(x, importance)
         packed = []
         column = 0
         for _, size, digits in self.runs:
@@ -80,8 +80,8 @@ class TQ2_0(_Ternary):
     def unpack_scales(self, blocks: Tensor) -> Scales:
         return Scales(half(blocks, 64))
 
-    def pack(self, x: Tensor) -> Tensor:
-        d, q = self.search(x)
+    def pack(self, x: Tensor, importance: Tensor | None) -> Tensor:
+        d, q = self.search(x, importance)
         return torch.cat([unfields(q, 2, 32), half_bytes(d)], -1)
 
 

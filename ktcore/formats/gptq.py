@@ -20,8 +20,8 @@ class Gptq(Calibrated):
     act-order (`desc_act`), g_idx int32 [..., I]. In the symmetric ones (`sym`) every zero is half
     of the range, and there is no qzeros.
 
-    Version 1 (`checkpoint_format` "gptq") stores zero - 1, modulo 2^bits as AutoGPTQ's own kernels
-    have it; version 2 ("gptq_v2") stores zero.
+    Version 1 (`checkpoint_format` "gptq") stores zero - 1, modulo 2^bits as GPTQModel's converters
+    and AutoGPTQ's kernels have it (but see `add_one_by_words`); version 2 ("gptq_v2") stores zero.
     """
 
     method = "GPTQ"
@@ -83,6 +83,16 @@ class Gptq(Calibrated):
         if grouped.g_idx is not None:
             parts["g_idx"] = grouped.g_idx.to(torch.int32)
         return parts
+
+
+def add_one_by_words(qzeros: Tensor, bits: int) -> Tensor:
+    """Version 1's qzeros of 2, 4 or 8 bits, as GPTQModel writes them, as version 2's.
+
+    It subtracts ones from whole words (`convert_gptq_v2_to_v1_format`), so a zero point of zero
+    borrows from the next one in the word; only their sum gives both back.
+    """
+    ones = sum(1 << place for place in range(0, 32, bits))
+    return qzeros + ones  # wraps, as the subtraction did
 
 
 _known = functools.cache(Gptq)

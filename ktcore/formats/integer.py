@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ktcore.formats._packing import column_weights, total
+from ktcore.formats._packing import groups as group_columns
 from ktcore.formats.base import Codes, Format, Parts, Shape
 
 # Weights that are all below this are stored as zeros: the reciprocal of their scale would leave the
@@ -22,11 +24,40 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+# What trials of `search_symmetric` make of the largest weight, as parts of the largest code.
+CLIPPED = tuple(1 + 0.02 * step for step in range(-1, 13))
+
+
+def search_symmetric(x: Tensor, importance: Tensor | None, most: int) -> Tensor:
+    """Scales [..., 1] of x [..., n] for codes -most..most with the least squared error of several
+    tried, each refined by projection; one for what is too small to have a scale.
+
+    importance broadcasts against x. Where x is not finite the result means nothing.
+    """
+    largest = x.abs().amax(-1, keepdim=True)
+    safe = torch.where(largest.isfinite() & (largest >= SMALLEST), largest, 1.0)
+    unit = x / safe  # so that sums of squares stay within range
+    best = torch.full_like(safe, 1 / most)
+    best_error = torch.full_like(safe, float("inf"))
+    for part in CLIPPED:
+        q = (unit * (part * most)).round().clamp(-most, most)
+        dot, norm = total(unit * q, importance), total(q * q, importance)
+        scale = torch.where(norm > 0, dot / norm, 1 / (part * most))
+        # Codes as the scale that is stored will find them, not those it was made from.
+        q = (unit / torch.where(scale > 0, scale, 1.0)).round().clamp(-most, most)
+        error = total((q * scale - unit).square(), importance)
+        better = (error < best_error) & (scale > 0)
+        best = torch.where(better, scale, best)
+        best_error = torch.where(better, error, best_error)
+    return best * safe
+
+
 class Int8Channel(Format):
     """int8 with one scale per output row: value = data * scale.
 
     Parts: data int8 [..., O, I], scales float32 [..., O]. The quantiser rounds to the nearest of
-    -127..127; a stored -128 is honoured. A row with a NaN or an infinity gets a NaN scale.
+    -127..127; a stored -128 is honoured. A row with a NaN or an infinity gets a NaN scale. Given an
+    importance of columns, it also tries scales that clip the largest weights.
     """
 
     name = "int8"
@@ -37,7 +68,8 @@ class Int8Channel(Format):
     def part_specs(self, shape: Shape) -> dict[str, tuple[Shape, torch.dtype]]:
         return {"data": (shape, torch.int8), "scales": (shape[:-1], torch.float32)}
 
-    def quantize(self, weight: Tensor) -> Parts:
+    def quantize(self, weight: Tensor, importance: Tensor | None = None) -> Parts:
+        weights = column_weights(importance, tuple(weight.shape))
         weight = weight.to(torch.float32)
         largest = weight.abs().amax(dim=-1)
         usable = largest.isfinite() & (largest >= SMALLEST)
@@ -46,6 +78,11 @@ class Int8Channel(Format):
         q = (weight * inverse[..., None]).round().clamp(-127, 127)
         # Zero for a row of zeros, NaN for one that is not finite.
         scales = torch.where(usable, largest, largest - largest) / 127
+        if weights is not None:
+            found = search_symmetric(weight, weights[..., None, :], 127).squeeze(-1)
+            scales = torch.where(usable, found, scales)
+            inverse = torch.where(usable, 1 / scales, 0.0)
+            q = (weight * inverse[..., None]).round().clamp(-127, 127)
         return {"data": q.nan_to_num(0).to(torch.int8), "scales": scales}
 
     def dequantize(self, parts: Parts, shape: Shape, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -88,12 +125,15 @@ class Int4Group32(Format):
             "scales": ((*shape[:-1], groups), torch.bfloat16),
         }
 
-    def quantize(self, weight: Tensor) -> Parts:
+    def quantize(self, weight: Tensor, importance: Tensor | None = None) -> Parts:
+        weights = column_weights(importance, tuple(weight.shape))
         columns = weight.shape[-1]
         groups = -(-columns // self.group_size)
         padded = F.pad(weight.to(torch.float32), (0, groups * self.group_size - columns))
         x = padded.reshape(*weight.shape[:-1], groups, self.group_size)
-        scales = self._search(x).to(torch.bfloat16)
+        if weights is not None:
+            weights = group_columns(weights[..., None, :], self.group_size)
+        scales = self._search(x, weights).to(torch.bfloat16)
         stored = scales.to(torch.float32)[..., None]
         inverse = torch.where(stored != 0, 1 / stored, torch.zeros_like(stored))
         q = (x * inverse).round().clamp(-8, 7).nan_to_num(0).add(8).to(torch.uint8)
@@ -101,8 +141,8 @@ class Int4Group32(Format):
         return {"data": q[..., 0::2] | (q[..., 1::2] << 4), "scales": scales}
 
     @staticmethod
-    def _search(x: Tensor) -> Tensor:
-        """The best scale of each group; x [..., groups, 32]."""
+    def _search(x: Tensor, importance: Tensor | None = None) -> Tensor:
+        """The best scale of each group; x [..., groups, 32], importance broadcasts against it."""
         extreme = x.gather(-1, x.abs().argmax(-1, keepdim=True))
         best_gain = torch.full_like(extreme, -1.0)
         best = torch.zeros_like(extreme)
@@ -110,7 +150,7 @@ class Int4Group32(Format):
         safe = torch.where(usable, extreme, torch.ones_like(extreme))
         for step in range(-12, 13):
             q = (x * ((-8 + 0.1 * step) / safe)).round().clamp(-8, 7)
-            dot, norm = (x * q).sum(-1, keepdim=True), (q * q).sum(-1, keepdim=True)
+            dot, norm = total(x * q, importance), total(q * q, importance)
             scale = torch.where(norm > 0, dot / norm, torch.zeros_like(dot))
             gain = scale * dot
             better = gain > best_gain

@@ -102,7 +102,7 @@ class MxFp4(Format):
             "scales": ((*shape[:-1], count), torch.uint8),
         }
 
-    def quantize(self, weight: Tensor) -> Parts:
+    def quantize(self, weight: Tensor, importance: Tensor | None = None) -> Parts:
         x = groups(weight.to(torch.float64), 32)
         scales, scaled = _power_of_two(x, 2, lambda y: e2m1(to_e2m1(y), y.dtype))
         codes = to_e2m1(scaled)
@@ -149,7 +149,7 @@ class MxFp8(Format):
             "scales": ((*shape[:-1], ceil_div(shape[-1], 32)), torch.uint8),
         }
 
-    def quantize(self, weight: Tensor) -> Parts:
+    def quantize(self, weight: Tensor, importance: Tensor | None = None) -> Parts:
         x = groups(weight.to(torch.float64), 32)
         scales, scaled = _power_of_two(x, 8, lambda y: to_e4m3(y).to(y.dtype))
         return {"data": to_e4m3(scaled).flatten(-2)[..., : weight.shape[-1]], "scales": scales}
@@ -195,7 +195,7 @@ class NvFp4(Format):
             "global_scale": ((*shape[:-2], 1), torch.float32),
         }
 
-    def quantize(self, weight: Tensor) -> Parts:
+    def quantize(self, weight: Tensor, importance: Tensor | None = None) -> Parts:
         """A group's scale is the best of those that take its largest weight to 4 up to 7."""
         x = groups(weight.to(torch.float64), 16)
         largest = x.abs().amax(-1, keepdim=True)

@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from ktcore.weights import CheckpointError
+from ktcore.weights.safetensors_file import read_json
 
 _REQUIRED = object()
 MAX_NUMBER = 1e30  # of any setting that makes sense; also keeps huge integers from overflowing
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """How rotary embeddings reach beyond the positions trained on (arXiv 2309.00071).
+
+    Attributes:
+        factor: how many times as far.
+        original_length: positions trained on.
+        attention_factor: what rotated queries and keys are multiplied by.
+        beta_fast, beta_slow: turns over `original_length` from which on a frequency is left alone,
+            and up to which it is slowed by the whole factor.
+        truncate: whether the columns where that is so are rounded outwards.
+    """
+
+    factor: float
+    original_length: int
+    attention_factor: float
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
 
 
 @dataclass(frozen=True)
@@ -21,6 +42,7 @@ class DecoderConfig:
         renormalize: whether a token's expert weights are divided by their sum (`norm_topk_prob`).
         dense_layers: layers with one MLP of `intermediate_size` in place of experts.
         context_length: most positions a sequence may have (`max_position_embeddings`).
+        yarn: how it was made longer than that trained on, None if it was not.
     """
 
     vocab_size: int
@@ -41,6 +63,7 @@ class DecoderConfig:
     context_length: int
     attention_bias: bool
     tie_word_embeddings: bool
+    yarn: Yarn | None = None
 
 
 class Fields:
@@ -65,7 +88,10 @@ class Fields:
         return Fields(self.path, fields, f"{self.prefix}{name}.")
 
     def error(self, name: str, what: str) -> CheckpointError:
-        return CheckpointError(self.path, f"{self.prefix}{name}: {what}")
+        where = f"{self.prefix}{name}"  # names of inner objects are a file's, so may be anything
+        if len(where) > 200 or not where.isprintable():
+            where = repr(where[:200])
+        return CheckpointError(self.path, f"{where}: {what}")
 
     def get(self, name: str, default: object = None) -> object:
         """A field's value; `default` where it is absent or null."""
@@ -121,7 +147,7 @@ class JsonFile(Fields):
     def __init__(self, path: Path):
         """Raises CheckpointError if the file is missing, unreadable or not a JSON object."""
         try:
-            fields = json.loads(path.read_text("utf-8"))
+            fields = read_json(path)
         except FileNotFoundError:
             raise CheckpointError(
                 path,
@@ -130,6 +156,8 @@ class JsonFile(Fields):
             ) from None
         except OSError as error:
             raise CheckpointError(path, f"cannot be read: {error.strerror or error}") from error
+        except CheckpointError:
+            raise
         except (ValueError, RecursionError) as error:
             raise CheckpointError(path, f"not valid JSON: {error}; download it again") from None
         if not isinstance(fields, dict):

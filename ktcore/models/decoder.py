@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ktcore.dispatch import Request
-from ktcore.models.config import DecoderConfig
+from ktcore.models.config import DecoderConfig, Yarn
 from ktcore.models.moe_layer import MoeLayer
 from ktcore.models.projection import Embedding, Projection, SideBySide
+from ktcore.models.rope import frequencies
 from ktcore.weights import ExpertWeights, QuantTensor
 
 CHUNK = 256  # positions; the KV cache is allocated in multiples of it
@@ -65,18 +66,17 @@ class Rotary:
     cos and sin [positions, head_dim] are computed for as many positions as were needed so far.
     """
 
-    def __init__(self, head_dim: int, theta: float):
-        self.head_dim, self.theta = head_dim, theta
+    def __init__(self, head_dim: int, theta: float, yarn: Yarn | None = None):
+        self.frequencies = frequencies(head_dim, theta, yarn)
+        self.scale = 1.0 if yarn is None else yarn.attention_factor
         self.cos = self.sin = torch.empty(0)
 
     def tables(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """cos and sin for positions begin to end; sin with the sign of the rotation."""
         if end > len(self.cos):
             size = -(-end // CHUNK) * CHUNK
-            half = torch.arange(0, self.head_dim, 2, dtype=torch.int64).to(torch.float32)
-            frequencies = 1.0 / self.theta ** (half / self.head_dim)
-            angles = torch.outer(torch.arange(size, dtype=torch.float32), frequencies)
-            cos, sin = angles.cos(), angles.sin()
+            angles = torch.outer(torch.arange(size, dtype=torch.float32), self.frequencies)
+            cos, sin = angles.cos() * self.scale, angles.sin() * self.scale
             self.cos, self.sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
         return self.cos[begin:end], self.sin[begin:end]
 
@@ -262,7 +262,7 @@ class Decoder:
     ):
         self.config, self.embedding, self.layers = config, Embedding(embedding), layers
         self.norm, self.head = norm, head
-        self.rotary = Rotary(config.head_dim, config.rope_theta)
+        self.rotary = Rotary(config.head_dim, config.rope_theta, config.yarn)
         self._largest_dense = max(p.torch_weights for p in self._projections())
 
     def _projections(self) -> Iterator[Projection | SideBySide]:

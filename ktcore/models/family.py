@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ktcore.models.config import DecoderConfig, Fields, JsonFile
+from ktcore.models.expert_layout import FUSED, GGUF, PER_EXPERT, ExpertLayout
 from ktcore.weights import GgufFile
 
 Shape = tuple[int, ...]
@@ -19,9 +20,10 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class TensorNames:
-    """What a checkpoint calls its tensors; `{layer}` and `{expert}` are filled in.
+    """What a checkpoint calls its tensors; `{layer}` is filled in.
 
-    The defaults are those of most Hugging Face decoders.
+    The defaults are those of most Hugging Face decoders. Of `experts`, the layouts that a
+    checkpoint may have, the first that it does have counts.
     """
 
     embedding: str = "model.embed_tokens.weight"
@@ -39,16 +41,7 @@ class TensorNames:
     mlp_gate: str = "model.layers.{layer}.mlp.gate_proj"
     mlp_up: str = "model.layers.{layer}.mlp.up_proj"
     mlp_down: str = "model.layers.{layer}.mlp.down_proj"
-    expert_gate: str = "model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight"
-    expert_up: str = "model.layers.{layer}.mlp.experts.{expert}.up_proj.weight"
-    expert_down: str = "model.layers.{layer}.mlp.experts.{expert}.down_proj.weight"
-    # All experts in one tensor, [num_experts, 2 * intermediate, hidden] and [num_experts, hidden,
-    # intermediate], as transformers 5 holds them.
-    stacked_gate_up: str = "model.layers.{layer}.mlp.experts.gate_up_proj"
-    stacked_down: str = "model.layers.{layer}.mlp.experts.down_proj"
-    # Gate and up in a tensor each, where a checkpoint may hold them so.
-    stacked_gate: str | None = None
-    stacked_up: str | None = None
+    experts: tuple[ExpertLayout, ...] = (FUSED, PER_EXPERT)
 
 
 # What llama.cpp calls them in GGUF files.
@@ -68,9 +61,7 @@ GGUF_NAMES = TensorNames(
     mlp_gate="blk.{layer}.ffn_gate",
     mlp_up="blk.{layer}.ffn_up",
     mlp_down="blk.{layer}.ffn_down",
-    stacked_gate="blk.{layer}.ffn_gate_exps.weight",
-    stacked_up="blk.{layer}.ffn_up_exps.weight",
-    stacked_down="blk.{layer}.ffn_down_exps.weight",
+    experts=(GGUF,),
 )
 
 
@@ -83,11 +74,14 @@ class GgufArchitecture:
         read_config: those settings, and the file, to `DecoderConfig`; raises CheckpointError for
             what is malformed or not supported, naming the key.
         names: what the tensors are called.
+        write_keys: the inverse of `read_config`: the settings without what their keys begin with;
+            None if such files cannot be written.
     """
 
     name: str
     read_config: Callable[[Fields, GgufFile], DecoderConfig]
     names: TensorNames = GGUF_NAMES
+    write_keys: Callable[[DecoderConfig], dict[str, object]] | None = None
 
 
 @dataclass(frozen=True)
@@ -100,12 +94,15 @@ class Family:
             or not supported, naming the field.
         names: what the tensors are called.
         gguf: the same for GGUF files, None if there are none.
+        write_config: the inverse of `read_config`: the fields of a config.json; None if it cannot
+            be written.
     """
 
     model_types: tuple[str, ...]
     read_config: Callable[[JsonFile], DecoderConfig]
     names: TensorNames = TensorNames()
     gguf: GgufArchitecture | None = None
+    write_config: Callable[[DecoderConfig], dict[str, object]] | None = None
 
 
 def _families() -> Iterator[Family]:

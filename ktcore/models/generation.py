@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ktcore.models.model import Model
+from ktcore.weights import CheckpointError
 
 
 def generate(
@@ -37,6 +38,7 @@ def generate(
 
     Raises:
         ValueError, TypeError: an argument does not fit, or the prompt is longer than the context.
+        CheckpointError: while it goes on: the weights are such that no number comes of them.
     """
     return Generation(model, prompt_ids, max_new_tokens, Sampler(temperature, top_k, top_p, seed))
 
@@ -142,6 +144,12 @@ class Generation(Iterator[int]):
     @torch.inference_mode()
     def _step(self) -> int:
         logits = self._model(self._next, self._cache, last=True)[0]
+        if not logits.max().isfinite():  # NaN if any is
+            raise CheckpointError(
+                self._model.path,
+                "the model computes no finite numbers (logits are NaN or infinite): its weights "
+                "are damaged; download it again",
+            )
         token = self._sampler(logits)
         self._next = torch.tensor([token])
         return token

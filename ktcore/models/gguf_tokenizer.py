@@ -16,7 +16,7 @@ from ktcore.weights import GgufFile
 
 SECTION = "tokenizer.ggml"
 CHAT_TEMPLATE = "tokenizer.chat_template"
-NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # llama.cpp's token types that matter here
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's token types that matter here
 
 # Tokens that end a text: the file's own word for them, and those that it may name no key for, as
 # llama.cpp, too, knows them by their text.

@@ -10,22 +10,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ktcore import ops
 from ktcore._settings import flag
 from ktcore.dispatch import probe
 from ktcore.formats import Format, define, get_format
-from ktcore.models.decoder import Attention, Decoder, Layer, Mlp, RmsNorm, one_torch_thread
+from ktcore.models.decoder import Attention, Decoder, Layer, Mlp, RmsNorm
+from ktcore.models.expert_layout import ExpertLayout, ExpertReader
 from ktcore.models.memory import Locker, trim_heap
 from ktcore.models.model import Model
 from ktcore.models.moe_layer import MoeLayer
 from ktcore.models.packing import ModelCache, Packed, Restored, chosen_folder, warn
 from ktcore.models.projection import Projection, SideBySide, beside, joined
 from ktcore.models.source import Source, open_source
-from ktcore.weights import CheckpointError, ExpertWeights, GgufFile, QuantTensor
+from ktcore.weights import CheckpointError, ExpertWeights, QuantTensor
 from ktcore.weights.gguf_file import unsupported
 from ktcore.weights.gguf_header import GgufTensorInfo
 from ktcore.weights.packed_cache import CacheError
-from ktcore.weights.quantization import QuantInfo, stack
+from ktcore.weights.quantization import QuantInfo
 from ktcore.weights.safetensors_file import TensorInfo
 
 EMBEDDED = Path(__file__).parent.parent / "data" / "kjv-moe"
@@ -34,10 +34,6 @@ FLOATS = (torch.bfloat16, torch.float32, torch.float16)
 # Below this many bytes of checkpoint the stored weights are kept beside the packed ones, so that
 # any backend can be tried on a loaded model; above, memory matters more.
 KEEP_STORED_BELOW = 1 << 30
-
-# Weights of a stack that are quantised anew at a time (one expert's at least), so that their
-# float32 form, and what is computed on the way to it, stays small.
-WEIGHTS_AT_ONCE = 1 << 22
 
 Progress = Callable[[int, int], None]
 
@@ -127,6 +123,22 @@ def why_not_loadable(path: Path) -> str | None:
     return None
 
 
+def needed_tensors(source: Source) -> list[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor that a model is made of.
+
+    Raises:
+        CheckpointError: one is missing, has another shape or a type that is not supported.
+    """
+    reader = _Reader(source, None)
+    reader.check()
+    return list(reader.expected())
+
+
+def expert_layout(source: Source) -> ExpertLayout:
+    """How a model's files hold its experts."""
+    return _Reader(source, None).experts.layout
+
+
 def _why_not(info: TensorInfo | GgufTensorInfo) -> str | None:
     """Why a tensor cannot be used as a weight, None if it can."""
     if isinstance(info, GgufTensorInfo) and (why := unsupported(info)):
@@ -141,20 +153,24 @@ class _Reader:
 
     def __init__(self, source: Source, format: Format | None):
         self.checkpoint, self.config, self.names = source.checkpoint, source.config, source.names
-        self.stated_in, self.format = source.stated_in, format
+        self.stated_in = source.stated_in
         self.restored: Restored | None = None
-        layer = self._first_moe_layer()
-        self.stacked = self._name("stacked_down", layer) in self.checkpoint
-        self.gate_up_apart = self.names.stacked_gate is not None and (
-            self._name("stacked_gate", layer) in self.checkpoint
+        self.experts = ExpertReader(
+            self.checkpoint,
+            self.names.experts,
+            self._first_moe_layer(),
+            self.config.num_experts,
+            self.config.moe_intermediate_size,
+            self.config.hidden_size,
+            format,
         )
 
     def _first_moe_layer(self) -> int:
         layers = range(self.config.num_hidden_layers)
         return next((i for i in layers if i not in self.config.dense_layers), 0)
 
-    def _name(self, role: str, layer: int = 0, expert: int = 0) -> str:
-        return getattr(self.names, role).format(layer=layer, expert=expert)
+    def _name(self, role: str, layer: int = 0) -> str:
+        return getattr(self.names, role).format(layer=layer)
 
     # ------------------------------------------------------------------ what there must be
 
@@ -193,7 +209,7 @@ class _Reader:
                 yield f"{self._name('mlp_down', layer)}.weight", (c.hidden_size, size)
             else:
                 yield f"{self._name('router', layer)}.weight", (c.num_experts, c.hidden_size)
-                yield from self._expected_experts(layer)
+                yield from self.experts.expected(layer)
 
     def _expected_attention(self, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         c = self.config
@@ -211,22 +227,6 @@ class _Reader:
             yield f"{self._name(role, layer)}.weight", (rows, columns)
             if c.attention_bias:
                 yield f"{self._name(role, layer)}.bias", (rows,)
-
-    def _expected_experts(self, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-        c = self.config
-        inner, hidden = c.moe_intermediate_size, c.hidden_size
-        if self.gate_up_apart or self.stacked:
-            if self.gate_up_apart:
-                yield self._name("stacked_gate", layer), (c.num_experts, inner, hidden)
-                yield self._name("stacked_up", layer), (c.num_experts, inner, hidden)
-            else:
-                yield self._name("stacked_gate_up", layer), (c.num_experts, 2 * inner, hidden)
-            yield self._name("stacked_down", layer), (c.num_experts, hidden, inner)
-            return
-        for e in range(c.num_experts):
-            yield self._name("expert_gate", layer, e), (inner, hidden)
-            yield self._name("expert_up", layer, e), (inner, hidden)
-            yield self._name("expert_down", layer, e), (hidden, inner)
 
     def parameters(self) -> int:
         """Weights of the model, a tied head counted once."""
@@ -336,107 +336,13 @@ class _Reader:
         return Layer(self._norm("attention_norm", i), attention, self._norm("mlp_norm", i), mlp)
 
     def _experts(self, layer: int) -> ExpertWeights:
-        packed = self.restored and self.restored.experts(f"layers.{layer}.experts")
-        if packed:
-            return packed
-        if self.gate_up_apart:
-            roles = ("stacked_gate", "stacked_up", "stacked_down")
-            names = [self._name(role, layer) for role in roles]
-            if self.format is None:
-                self._check_alike(*names[:2])
-            return ExpertWeights(*map(self._stored_stack, names))
-        if self.stacked:
-            gate_up = self._tensor("stacked_gate_up", layer)
-            inner = self.config.moe_intermediate_size
-            gate, up = (self._store_stack(_rows(gate_up, n, n + inner)) for n in (0, inner))
-            del gate_up  # before down is read: with a format, nobody needs it any more
-            return ExpertWeights(gate, up, self._store_stack(self._tensor("stacked_down", layer)))
-        roles = ("expert_gate", "expert_up", "expert_down")
-        try:
-            return ExpertWeights(*(self._stack(role, layer) for role in roles))
-        except CheckpointError:
-            raise
-        except ValueError as error:  # unlike each other
-            raise CheckpointError(
-                self.checkpoint.path,
-                f"experts of layer {layer}: {error}; format= (ktcore run --format) quantises them "
-                "anew",
-            ) from error
-
-    def _check_alike(self, gate: str, up: str) -> None:
-        """Raises CheckpointError if two tensors are of different types."""
-        types = [self.checkpoint.info(name).type.name for name in (gate, up)]
-        if types[0] != types[1]:
-            raise CheckpointError(
-                self.checkpoint.path,
-                f"tensor {gate!r} is {types[0]}, but {up!r} is {types[1]}: gate and up must be "
-                "stored alike; format= (ktcore run --format) quantises them anew",
-            )
-
-    def _stored_stack(self, name: str) -> QuantTensor:
-        """The experts of a GGUF tensor [num_experts, O, I], as stored unless a format is wanted."""
-        file = self.checkpoint
-        assert isinstance(file, GgufFile)
-        if self.format is None or file.info(name).type.format == self.format.name:
-            weight = file.tensor(name)
-            if isinstance(weight, QuantTensor):
-                return weight
-            return QuantTensor(file.info(name).type.format, weight.shape, {"data": weight})
-        return self._anew(file.info(name).shape, lambda rows: file.tensor(name, rows=rows))
-
-    def _store_stack(self, weight: Tensor | QuantTensor) -> QuantTensor:
-        """A stack of experts as stored, or in the format that is wanted."""
-        if self.format in (None, getattr(weight, "format", None)):
-            return self._store(weight)
-        return self._anew(tuple(weight.shape), weight.__getitem__)
-
-    def _anew(
-        self, shape: tuple[int, ...], some: Callable[[slice], Tensor | QuantTensor]
-    ) -> QuantTensor:
-        """A stack [num_experts, O, I] in the format that is wanted, a few experts at a time."""
-        assert self.format is not None
-        parts = {
-            part: torch.empty(size, dtype=dtype)
-            for part, (size, dtype) in self.format.part_specs(shape).items()
-        }
-        step = max(1, WEIGHTS_AT_ONCE // math.prod(shape[1:]))
-        for begin in range(0, shape[0], step):
-            rows = slice(begin, begin + step)
-            for part, stored in self._store(some(rows)).parts.items():
-                parts[part][rows] = stored
-        return QuantTensor(self.format, shape, parts)
-
-    def _stack(self, role: str, layer: int) -> QuantTensor:
-        """One projection of all experts, [num_experts, O, I]."""
-        names = [self._name(role, layer, e) for e in range(self.config.num_experts)]
-        if any(isinstance(self.checkpoint.info(name), QuantInfo) for name in names):
-            return stack((self._store(self.checkpoint.tensor(name)) for name in names), len(names))
-        dense = None
-        for e, name in enumerate(names):
-            tensor = self.checkpoint.tensor(name)
-            if dense is None:
-                dense = torch.empty((len(names), *tensor.shape), dtype=tensor.dtype)
-            with one_torch_thread(True):  # more only wait for each other over a copy
-                dense[e] = tensor
-        return self._store(dense)
-
-    def _store(self, weight: Tensor | QuantTensor) -> QuantTensor:
-        if isinstance(weight, QuantTensor):
-            if self.format in (None, weight.format):
-                return weight
-            weight = weight.dequantize(torch.float32)
-        format = self.format or get_format("bf16")
-        if format.name == "bf16":
-            return QuantTensor.quantize(weight, format)
-        return ops.quantize(weight, format)
-
-
-def _rows(weight: Tensor | QuantTensor, begin: int, end: int) -> Tensor | QuantTensor:
-    """Some rows of each matrix of a stack [num_experts, O, I]."""
-    if not isinstance(weight, QuantTensor):
-        return weight[:, begin:end]
-    parts = {name: part[:, begin:end] for name, part in weight.parts.items()}
-    return QuantTensor(weight.format, (weight.shape[0], end - begin, weight.shape[2]), parts)
+        if self.restored is not None:
+            # Like norms and the attention's biases, theirs are in the model's files only.
+            biases = self.experts.biases(layer)
+            packed = self.restored.experts(f"layers.{layer}.experts", biases)
+            if packed is not None:
+                return packed
+        return self.experts.read(layer)
 
 
 def _shared(weight: Tensor | QuantTensor) -> Tensor | QuantTensor:

@@ -39,10 +39,14 @@ class MoeLayer:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, H] to [T, H]."""
-        topk_ids, topk_weights = ops.route(
+        topk_ids, topk_weights = self.choose(x)
+        return ops.moe(x, self.experts, topk_ids, topk_weights, activation=self.activation)
+
+    def choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Which experts tokens x [T, H] go to, and with what weights: both [T, top_k]."""
+        return ops.route(
             self.router(x), self.top_k, scoring=self.scoring, renormalize=self.renormalize
         )
-        return ops.moe(x, self.experts, topk_ids, topk_weights, activation=self.activation)
 
     def projections(self) -> dict[str, Projection]:
         """Its dense weights, by what they are for."""

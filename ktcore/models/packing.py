@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+from torch import Tensor
+
 from ktcore._settings import flag
 from ktcore.dispatch import BackendUnavailable, Request, figures, registry
 from ktcore.formats import Format
@@ -247,8 +249,11 @@ class Restored:
                 out.append(QuantTensor.from_packed(request.format, shape, packed))
         return out or None
 
-    def experts(self, name: str) -> ExpertWeights | None:
-        """The experts of a layer; None if they are not in the file."""
+    def experts(self, name: str, biases: dict[str, Tensor]) -> ExpertWeights | None:
+        """The experts of a layer; None if they are not in the file.
+
+        biases: those of the model's files, by their names as arguments of `ExpertWeights`.
+        """
         for entry, request, layout in self._entries.get(name, ()):
             with self._sound(entry):
                 hidden, inner = request.hidden_size, request.intermediate_size
@@ -261,6 +266,7 @@ class Restored:
                     QuantTensor.from_packed(request.format, up, {}),
                     QuantTensor.from_packed(request.format, up, {}),
                     QuantTensor.from_packed(down_format, down, {}),
+                    **biases,
                 )
                 experts.packed = self._packed(entry, layout)
                 return experts

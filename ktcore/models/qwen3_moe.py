@@ -8,23 +8,8 @@ from __future__ import annotations
 
 from ktcore.models.config import DecoderConfig, Fields, JsonFile
 from ktcore.models.family import GGUF_NAMES, Family, GgufArchitecture
+from ktcore.models.rope import gguf_rope_keys, read_gguf_rope, read_rope, rope_fields
 from ktcore.weights import GgufFile
-
-
-def _rope_theta(config: JsonFile) -> float:
-    """transformers 4: `rope_theta`, `rope_scaling`; transformers 5: both in `rope_parameters`."""
-    theta = config.number("rope_theta", 10000.0)
-    for name in ("rope_parameters", "rope_scaling"):
-        rope = config.inner(name)
-        if rope is None:
-            continue
-        kind = rope.text("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise rope.error("rope_type", f"{kind[:80]!r} is not supported, only 'default'")
-        if rope.number("partial_rotary_factor", 1.0) != 1.0:
-            raise rope.error("partial_rotary_factor", "only 1 is supported")
-        theta = rope.number("rope_theta", theta)
-    return theta
 
 
 def read_config(config: JsonFile) -> DecoderConfig:
@@ -52,6 +37,7 @@ def read_config(config: JsonFile) -> DecoderConfig:
     step = config.integer("decoder_sparse_step", 1)
     mlp_only = set(config.integers("mlp_only_layers"))
     moe_size = config.integer("moe_intermediate_size")
+    rope = read_rope(config)
     return DecoderConfig(
         vocab_size=config.integer("vocab_size"),
         hidden_size=hidden_size,
@@ -67,17 +53,15 @@ def read_config(config: JsonFile) -> DecoderConfig:
         dense_layers=frozenset(i for i in range(layers) if i in mlp_only or (i + 1) % step),
         activation=activation,
         rms_norm_eps=config.number("rms_norm_eps", 1e-6),
-        rope_theta=_rope_theta(config),
-        context_length=config.integer("max_position_embeddings", 32768),
+        rope_theta=rope.theta,
+        yarn=rope.yarn,
+        context_length=rope.context_length,
         attention_bias=config.flag("attention_bias", False),
         tie_word_embeddings=config.flag("tie_word_embeddings", False),
     )
 
 
 def read_gguf(keys: Fields, file: GgufFile) -> DecoderConfig:
-    scaling = keys.text("rope.scaling.type", "none")
-    if scaling != "none":
-        raise keys.error("rope.scaling.type", f"{scaling[:80]!r} is not supported, only 'none'")
     hidden_size = keys.integer("embedding_length")
     heads = keys.integer("attention.head_count")
     kv_heads = keys.integer("attention.head_count_kv", heads)
@@ -96,6 +80,7 @@ def read_gguf(keys: Fields, file: GgufFile) -> DecoderConfig:
             )
     num_experts = keys.integer("expert_count")
     moe_size = keys.integer("expert_feed_forward_length")
+    rope = read_gguf_rope(keys)
     return DecoderConfig(
         vocab_size=file.info(GGUF_NAMES.embedding).shape[0],
         hidden_size=hidden_size,
@@ -112,15 +97,71 @@ def read_gguf(keys: Fields, file: GgufFile) -> DecoderConfig:
         dense_layers=frozenset(),
         activation="silu",
         rms_norm_eps=keys.number("attention.layer_norm_rms_epsilon", 1e-6),
-        rope_theta=keys.number("rope.freq_base", 10000.0),
-        context_length=keys.integer("context_length", 32768),
+        rope_theta=rope.theta,
+        yarn=rope.yarn,
+        context_length=rope.context_length,
         attention_bias=f"{GGUF_NAMES.q}.bias".format(layer=0) in file,
         tie_word_embeddings=GGUF_NAMES.head not in file,
     )
 
 
+def write_config(c: DecoderConfig) -> dict[str, object]:
+    """The fields that transformers 4 and 5 both read."""
+    return {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "moe_intermediate_size": c.moe_intermediate_size,
+        "num_hidden_layers": c.num_hidden_layers,
+        "num_attention_heads": c.num_attention_heads,
+        "num_key_value_heads": c.num_key_value_heads,
+        "head_dim": c.head_dim,
+        "num_experts": c.num_experts,
+        "num_experts_per_tok": c.top_k,
+        "norm_topk_prob": c.renormalize,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": sorted(c.dense_layers),
+        "hidden_act": c.activation,
+        "rms_norm_eps": c.rms_norm_eps,
+        **rope_fields(c.rope_theta, c.yarn),
+        "max_position_embeddings": c.context_length,
+        "attention_bias": c.attention_bias,
+        "tie_word_embeddings": c.tie_word_embeddings,
+        "use_sliding_window": False,
+    }
+
+
+def write_gguf(c: DecoderConfig) -> dict[str, object]:
+    """Raises ValueError for what llama.cpp's architecture lacks."""
+    for what, wrong in (
+        ("layers without experts (mlp_only_layers, decoder_sparse_step)", bool(c.dense_layers)),
+        ("biases of attention (attention_bias)", c.attention_bias),
+        ("expert weights that are not divided by their sum (norm_topk_prob)", not c.renormalize),
+    ):
+        if wrong:
+            raise ValueError(f"llama.cpp's qwen3moe has no {what}")
+    return {
+        "block_count": c.num_hidden_layers,
+        "context_length": c.context_length,
+        "embedding_length": c.hidden_size,
+        "feed_forward_length": c.intermediate_size,
+        "attention.head_count": c.num_attention_heads,
+        "attention.head_count_kv": c.num_key_value_heads,
+        "attention.key_length": c.head_dim,
+        "attention.value_length": c.head_dim,
+        "attention.layer_norm_rms_epsilon": c.rms_norm_eps,
+        **gguf_rope_keys(c.rope_theta, c.yarn),
+        "expert_count": c.num_experts,
+        "expert_used_count": c.top_k,
+        "expert_feed_forward_length": c.moe_intermediate_size,
+    }
+
+
 FAMILY = Family(
     model_types=("qwen3_moe",),
     read_config=read_config,
-    gguf=GgufArchitecture("qwen3moe", read_gguf),
+    gguf=GgufArchitecture("qwen3moe", read_gguf, write_keys=write_gguf),
+    write_config=write_config,
 )

@@ -49,6 +49,10 @@ class Tokenizer:
         except Exception as error:  # the package raises plain Exception
             raise CheckpointError(path, f"not a valid tokenizer.json: {error}") from None
 
+    def to_json(self) -> str:
+        """The content of a tokenizer.json for it."""
+        return self._tokenizer.to_str(pretty=True)
+
     def encode(self, text: str) -> list[int]:
         """Token ids, with what the tokenizer itself puts around a text."""
         return self._tokenizer.encode(text).ids

@@ -11,7 +11,7 @@ from ktcore.ops._direct import direct
 from ktcore.weights import ExpertWeights
 from ktcore.weights.quant_tensor import resolve
 
-ACTIVATIONS = ("silu", "gelu_tanh")
+ACTIVATIONS = ("silu", "gelu_tanh", "swiglu_oai")
 
 
 def moe(
@@ -25,13 +25,16 @@ def moe(
 ) -> Tensor:
     """Sum of the chosen experts' outputs, each ``down(act(gate(x)) * up(x))``, weighted.
 
+    Each projection adds its bias where the experts have one.
+
     Args:
         hidden_states: [T, H], float32, float16 or bfloat16; rows may be strided.
         experts: `ExpertWeights` of hidden size H, on the same device.
         topk_ids: [T, K], int64 or int32: the experts of each token. The same expert may stand
             twice; -1 means: not computed here.
         topk_weights: [T, K], floating point.
-        activation: "silu" (SwiGLU) or "gelu_tanh" (GeGLU).
+        activation: "silu" (SwiGLU), "gelu_tanh" (GeGLU) or "swiglu_oai", gpt-oss's: with gate
+            cut off above 7 and up beyond +-7, ``gate * sigmoid(1.702 * gate) * (up + 1)``.
         exact: keep the error of activations below 0.05 % where the default rounds them.
 
     Returns:

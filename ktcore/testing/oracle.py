@@ -35,11 +35,16 @@ class Outcome:
 # ------------------------------------------------------------------------------------- operators
 
 
-def activate(x: Tensor, activation: str) -> Tensor:
+def activate(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """The input of an expert's down projection."""
     if activation == "silu":
-        return x / (1 + torch.exp(-x))
+        return gate / (1 + torch.exp(-gate)) * up
+    if activation == "swiglu_oai":
+        gate, up = gate.clamp(max=7), up.clamp(-7, 7)
+        return gate / (1 + torch.exp(-1.702 * gate)) * (up + 1)
     assert activation == "gelu_tanh", activation
-    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
+    return 0.5 * gate * (1 + torch.tanh(inner)) * up
 
 
 def moe(
@@ -53,12 +58,18 @@ def moe(
     x, weights = x.to(torch.float64), topk_weights.to(torch.float64)
     out = torch.zeros_like(x)
     magnitude = torch.zeros(x.shape[0], dtype=torch.float64)
+
+    def bias(name: str, expert: int) -> Tensor | float:
+        found = experts.biases.get(name)
+        return 0.0 if found is None else found[expert].to(torch.float64)
+
     for e in range(experts.num_experts):
         tokens, slots = torch.nonzero(topk_ids == e, as_tuple=True)
         if len(tokens) == 0:
             continue
-        h = activate(x[tokens] @ gate[e].T, activation) * (x[tokens] @ up[e].T)
-        y = (h @ down[e].T) * weights[tokens, slots, None]
+        g, u = x[tokens] @ gate[e].T, x[tokens] @ up[e].T
+        h = activate(g + bias("gate_bias", e), u + bias("up_bias", e), activation)
+        y = (h @ down[e].T + bias("down_bias", e)) * weights[tokens, slots, None]
         out.index_add_(0, tokens, y)
         magnitude.index_add_(0, tokens, y.norm(dim=-1))
     return out, magnitude

@@ -48,6 +48,7 @@ class GgufFile:
         path: the file that was asked for.
         version: of the format.
         metadata: its keys and values, those of the first file of a split model.
+        kinds: the value types of those keys, see `GgufHeader`.
         files: every file of the model.
         keep_cached: leave what was read in the system's file cache, see `read_into`.
     """
@@ -60,6 +61,7 @@ class GgufFile:
         headers = self._headers()
         self.version = headers[0].version
         self.metadata: dict[str, Value] = headers[0].metadata
+        self.kinds = headers[0].kinds
         self.files = [header.path for header in headers]
         self._where: dict[str, tuple[Path, GgufTensorInfo]] = {}
         for header in headers:

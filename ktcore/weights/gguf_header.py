@@ -8,7 +8,6 @@ that names the file. (Format: https://github.com/ggml-org/ggml/blob/master/docs/
 from __future__ import annotations
 
 import math
-import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import BinaryIO
 
 import torch
 
-from ktcore.weights.safetensors_file import CheckpointError
+from ktcore.weights.safetensors_file import CheckpointError, regular_size
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -133,6 +132,7 @@ class GgufHeader:
     path: Path
     version: int
     metadata: dict[str, Value]
+    kinds: dict[str, tuple[int, ...]]  # the value type of each key; an array's elements' behind it
     tensors: dict[str, GgufTensorInfo]
 
 
@@ -161,11 +161,9 @@ def read_header(path: Path) -> GgufHeader:
         CheckpointError: the file cannot be opened or is not a sound GGUF file.
     """
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(path, "is not a file")
+        size = regular_size(path)
         with path.open("rb") as file:
-            return _Parser(path, file, status.st_size).header()
+            return _Parser(path, file, size).header()
     except FileNotFoundError:
         raise CheckpointError(path, "no such file") from None
     except (OSError, ValueError) as error:
@@ -246,16 +244,18 @@ class _Parser:
         self.count(keys, "keys", MAX_KEYS, SMALLEST_KEY)
         self.count(tensors, "tensors", MAX_TENSORS, SMALLEST_TENSOR)
         metadata: dict[str, Value] = {}
+        kinds: dict[str, tuple[int, ...]] = {}
         for i in range(keys):
             key = self.text(f"the name of key {i}", MAX_KEY_LENGTH)
             if key in metadata:
-                raise self.bad(f"the key {key!r} appears twice")
-            metadata[key] = self.value(key)
+                raise self.bad(f"the key {key[:200]!r} appears twice")
+            kinds[key], metadata[key] = self.value(key)
         self.count(tensors, "tensors", MAX_TENSORS, SMALLEST_TENSOR)
         alignment = self.alignment(metadata)
         entries = [self.tensor(i) for i in range(tensors)]
         data = -(-self.at // alignment) * alignment
-        return GgufHeader(self.path, version, metadata, self.placed(entries, data, alignment))
+        placed = self.placed(entries, data, alignment)
+        return GgufHeader(self.path, version, metadata, kinds, placed)
 
     def alignment(self, metadata: dict[str, Value]) -> int:
         value = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
@@ -271,23 +271,24 @@ class _Parser:
             )
         return value
 
-    def value(self, key: str) -> Value:
+    def value(self, key: str) -> tuple[tuple[int, ...], Value]:
         what = f"key {key[:200]!r}"
         kind = self.number("I", what)
         if kind == STRING:
-            return self.text(what)
+            return (kind,), self.text(what)
         if kind == ARRAY:
-            return self.array(what)
-        return self.scalars(kind, 1, what)[0]
+            inner, values = self.array(what)
+            return (kind, inner), values
+        return (kind,), self.scalars(kind, 1, what)[0]
 
-    def array(self, what: str) -> list[Scalar]:
+    def array(self, what: str) -> tuple[int, list[Scalar]]:
         kind, claimed = self.number("I", what), self.number("Q", what)
         if kind == ARRAY:
             raise self.bad(f"{what} is an array of arrays, which is not supported")
         if kind != STRING:
             width = 1 if kind == BOOL else struct.calcsize(SCALARS.get(kind, "B"))
-            return self.scalars(kind, self.length(claimed, width, what), what)
-        return [self.text(what) for _ in range(self.length(claimed, 8, what))]
+            return kind, self.scalars(kind, self.length(claimed, width, what), what)
+        return kind, [self.text(what) for _ in range(self.length(claimed, 8, what))]
 
     def length(self, claimed: int, smallest: int, what: str) -> int:
         return self.count(claimed, f"elements in {what}", MAX_ARRAY, smallest)

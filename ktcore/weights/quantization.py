@@ -22,7 +22,8 @@ from ktcore.formats import Format, Parts, get_format
 from ktcore.formats.awq import awq
 from ktcore.formats.compressed import int8_group, packed_integer
 from ktcore.formats.fp8 import fp8_block
-from ktcore.formats.gptq import gptq
+from ktcore.formats.gptq import add_one_by_words, gptq
+from ktcore.formats.mx import e8m0
 from ktcore.weights.quant_tensor import QuantTensor
 from ktcore.weights.safetensors_file import Checkpoint, CheckpointError, TensorInfo
 
@@ -147,18 +148,23 @@ def _group_size(settings: Settings, name: str, default: object) -> int | None:
 
 
 def _fp8(linear: _Linear, block: list[int]) -> Stored:
-    """e4m3 with a scale per block, per output channel or for the whole tensor."""
+    """e4m3 with a scale per block, per output channel or for the whole tensor.
+
+    Scales per block may be e8m0, of which every number is a float32's.
+    """
     shape = linear.matrix("weight", E4M3)
     scale = "weight_scale_inv" if linear.has("weight_scale_inv") else "weight_scale"
     if block:
         format = fp8_block(*block)
-        linear.take(scale, FLOATS, format.part_specs(shape)["scales"][0])
+        linear.take(scale, (*FLOATS, torch.uint8), format.part_specs(shape)["scales"][0])
     else:
         format = get_format("fp8_e4m3")
         linear.take(scale, FLOATS, (), (1,), shape[:1], (shape[0], 1))
 
     def make(t: dict[str, Tensor]) -> Parts:
-        scales = t[scale].to(torch.float32)
+        scales = t[scale]
+        exponents = scales.dtype == torch.uint8
+        scales = e8m0(scales, torch.float32) if exponents else scales.to(torch.float32)
         if not block:
             scales = scales.reshape(-1).expand(shape[0]).contiguous()
         return {"data": t["weight"], "scales": scales}
@@ -178,6 +184,14 @@ def _fp8_of(linear: _Linear, settings: Settings) -> Stored:
     return _fp8(linear, _block(settings, "weight_block_size"))
 
 
+def _made_by(settings: Settings, tool: str) -> bool:
+    """Whether `meta.quantizer`, one "name:version" or several, names a tool."""
+    meta = settings.get("meta")
+    names = meta.get("quantizer", []) if isinstance(meta, dict) else []
+    names = names if isinstance(names, list) else [names]
+    return any(f"{tool}:" in name.lower() for name in names if isinstance(name, str))
+
+
 def _gptq(linear: _Linear, settings: Settings) -> Stored:
     bits = settings.integer("bits", least=2, most=8)
     if bits not in (2, 3, 4, 8):
@@ -188,6 +202,9 @@ def _gptq(linear: _Linear, settings: Settings) -> Stored:
         raise settings.error("checkpoint_format", f"{stated[:80]!r} is not supported")
     version = 2 if stated == "gptq_v2" else 1
     symmetric, act_order = settings.flag("sym", True), settings.flag("desc_act", False)
+    by_words = version == 1 and not symmetric and bits != 3 and _made_by(settings, "gptqmodel")
+    if by_words:
+        version = 2  # what its qzeros are made below
     packed, rows = linear.matrix("qweight", torch.int32)
     columns = linear.take("g_idx", (torch.int32,)).shape if linear.has("g_idx") else ()
     shape = (rows, columns[0] if len(columns) == 1 else packed * 32 // bits)
@@ -209,6 +226,8 @@ def _gptq(linear: _Linear, settings: Settings) -> Stored:
                 raise linear.error("g_idx", f"expected groups 0 to {groups - 1}")
         if in_order:
             parts.pop("g_idx", None)
+        if by_words:
+            parts["qzeros"] = add_one_by_words(parts["qzeros"], bits)
         if symmetric and bool((as_stored.zeros(parts.pop("qzeros"), rows) != half).any()):
             raise linear.error(
                 "qzeros", f"quantization_config says sym, but not all zero points are {half}"
@@ -318,9 +337,12 @@ def _packed(linear: _Linear, bits: int, group_size: int | None, symmetric: bool)
     linear.take_parts(format, shape)
     if linear.has("weight_shape"):
         linear.take("weight_shape", (torch.int64, torch.int32), (2,))
-    # The same bytes as ktcore's own.
-    own = get_format("int4_g32")
-    same = format is packed_integer(4, 32) and shape[1] % 32 == 0
+    # What ktcore has formats of its own for: the same bytes, and int8 but for the sign.
+    own = None
+    if format is packed_integer(4, 32) and shape[1] % 32 == 0:
+        own = get_format("int4_g32")
+    elif bits == 8 and group_size is None and symmetric and not act_order:
+        own = get_format("int8")
 
     def make(t: dict[str, Tensor]) -> Parts:
         parts = dict(t)
@@ -331,14 +353,14 @@ def _packed(linear: _Linear, bits: int, group_size: int | None, symmetric: bool)
             g_idx, groups = parts["weight_g_idx"], format.group_count(shape[1])
             if not bool(((g_idx >= 0) & (g_idx < groups)).all()):
                 raise linear.error("weight_g_idx", f"expected groups 0 to {groups - 1}")
-        if same:
-            return {
-                "data": parts["weight_packed"].view(torch.uint8),
-                "scales": parts["weight_scale"],
-            }
-        return parts
+        if own is None:
+            return parts
+        data, scales = parts["weight_packed"].view(torch.uint8), parts["weight_scale"]
+        if own.name == "int8":
+            data, scales = (data ^ 128).view(torch.int8), scales.to(torch.float32).flatten()
+        return {"data": data, "scales": scales}
 
-    return linear.stored(own if same else format, shape, make)
+    return linear.stored(own or format, shape, make)
 
 
 def _compressed(linear: _Linear, settings: Settings) -> Stored:
@@ -371,8 +393,8 @@ def _compressed(linear: _Linear, settings: Settings) -> Stored:
             return _fp8(linear, [])
     raise weights.error(
         "strategy",
-        f"compressed-tensors {layout[:40]!r} with {bits}-bit {kind[:20]} weights per "
-        f"{strategy[:20]} is not supported (of {linear.base!r})",
+        f"compressed-tensors {layout[:40]!r} with {bits}-bit {kind[:20]!r} weights per "
+        f"{strategy[:20]!r} is not supported (of {linear.base!r})",
     )
 
 
@@ -432,8 +454,38 @@ def _texts(settings: Settings, name: str) -> list[str]:
     return value
 
 
+# Of patterns that are matched with names of layers, which have some 50 characters.
+_LONGEST_PATTERN, _NAME_LENGTH, _MOST_STEPS = 1000, 50, 10**8
+_PATTERN_PART = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\??|\)[*+{]?|.", re.DOTALL)
+
+
 @functools.lru_cache(maxsize=4096)
 def _compiled(pattern: str) -> re.Pattern:
+    """A regular expression that does not take for ever, as far as its text tells.
+
+    Python's matcher tries all ways to match: a repeat may end anywhere, an alternative be any of
+    its group's, and a repeat of a group can multiply without bound. An honest pattern has two or
+    three of them.
+
+    Raises:
+        re.error: it is none, or one of those.
+    """
+    if len(pattern) > _LONGEST_PATTERN:
+        raise re.error(f"it has {len(pattern)} characters, more than {_LONGEST_PATTERN}")
+    steps, branches = 1, [1]
+    for part in _PATTERN_PART.findall(pattern):
+        if part in (")*", ")+", "){"):
+            raise re.error("a group that is repeated may take for ever")
+        if part in ("(", "(?"):
+            branches.append(1)
+        elif part == "|":
+            branches[-1] += 1
+        elif part == ")" and len(branches) > 1:
+            steps *= branches.pop()
+        elif part in ("*", "+", "{", "?"):
+            steps *= 2 if part == "?" else _NAME_LENGTH
+    if steps * branches[0] > _MOST_STEPS:
+        raise re.error("so many repeats and alternatives may take for ever")
     return re.compile(pattern)
 
 
@@ -445,7 +497,7 @@ def _matches(entry: str, base: str, settings: Settings, field: str) -> bool:
             return _compiled(entry[3:]).match(base) is not None
         except (re.error, RecursionError, OverflowError) as error:
             raise settings.error(
-                field, f"{entry[:80]!r} is no regular expression: {error}"
+                field, f"{entry[:80]!r} is no usable regular expression: {error}"
             ) from None
     if "*" in entry:
         return fnmatch.fnmatchcase(base, entry)

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +21,8 @@ from ktcore.weights.reading import read_into
 
 MAX_HEADER = 100_000_000  # the format's own limit
 MAX_DIMENSIONS = 16
+MAX_NAME_LENGTH = 1 << 10
+MAX_JSON = 1 << 27  # bytes; a sound configuration or index stays far below
 
 DTYPES = {
     "F64": torch.float64,
@@ -33,6 +37,8 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    # Exponents, as `ktcore.formats.mx` reads them: torch has had a type of them since 2.7 only.
+    "F8_E8M0": torch.uint8,
 }
 
 
@@ -54,12 +60,38 @@ class TensorInfo:
     end: int
 
 
+def regular_size(path: Path) -> int:
+    """Bytes of a regular file: to open a pipe would wait for ever, a device may have no end.
+
+    Raises:
+        OSError: there is no such file.
+        CheckpointError: it is something else.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(path, "is not a file")
+    return status.st_size
+
+
+def read_json(path: Path, **options: Any) -> object:
+    """The value in a JSON file; options as for `json.loads`.
+
+    Raises:
+        OSError, ValueError, RecursionError: it cannot be read, or is no JSON.
+        CheckpointError: it is not a file, or too large.
+    """
+    size = regular_size(path)
+    if size > MAX_JSON:
+        raise CheckpointError(path, f"has {size} bytes, more than {MAX_JSON}: damaged")
+    return json.loads(path.read_text("utf-8"), **options)
+
+
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict:
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(n for n in names if names.count(n) > 1)
-        raise ValueError(f"the name {twice!r} appears twice")
+    out: dict[str, object] = {}
+    for name, value in pairs:
+        if name in out:
+            raise ValueError(f"the name {name[:200]!r} appears twice")
+        out[name] = value
     return out
 
 
@@ -70,7 +102,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         CheckpointError: the file cannot be opened or is not a sound safetensors file.
     """
     try:
-        size = path.stat().st_size
+        size = regular_size(path)
         with path.open("rb") as file:
             start = file.read(8)
             if len(start) < 8:
@@ -106,13 +138,15 @@ def _is_count(value: object) -> bool:
 
 def _tensor_info(path: Path, name: str, entry: object, data: int, size: int) -> TensorInfo:
     def bad(what: str) -> CheckpointError:
-        return CheckpointError(path, f"tensor {name!r}: {what}")
+        return CheckpointError(path, f"tensor {name[:200]!r}: {what}")
 
+    if len(name) > MAX_NAME_LENGTH:
+        raise bad(f"its name has {len(name)} characters, more than {MAX_NAME_LENGTH}")
     if not isinstance(entry, dict):
         raise bad("its entry is not an object")
     dtype = DTYPES.get(entry.get("dtype")) if isinstance(entry.get("dtype"), str) else None
     if dtype is None:
-        raise bad(f"unknown dtype {entry.get('dtype')!r}")
+        raise bad(f"unknown dtype {entry.get('dtype')!r:.80}")
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
     if (
         not isinstance(shape, list)
@@ -121,9 +155,9 @@ def _tensor_info(path: Path, name: str, entry: object, data: int, size: int) -> 
         # Also where a zero makes it hold nothing: torch multiplies the strides out all the same.
         or math.prod(max(n, 1) for n in shape) * dtype.itemsize >= 1 << 63
     ):
-        raise bad(f"bad shape {str(shape)[:80]}")
+        raise bad(f"bad shape {shape!r:.80}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
-        raise bad(f"bad data_offsets {str(offsets)[:80]}")
+        raise bad(f"bad data_offsets {offsets!r:.80}")
     begin, end = offsets
     expected = math.prod(shape) * dtype.itemsize
     if end - begin != expected:
@@ -149,7 +183,9 @@ def _is_file_name(name: object) -> bool:
     return (
         isinstance(name, str)
         and name not in ("", "..")
-        and "\0" not in name
+        # Control characters would reach the terminal with an error message, and half a surrogate
+        # pair is the name of no file.
+        and name.isprintable()
         and Path(name).name == name
     )
 
@@ -177,7 +213,9 @@ class Checkpoint:
             tensors = read_header(file)
             for name in expected or tensors:
                 if name not in tensors:
-                    raise CheckpointError(file, f"lacks the tensor {name!r}, which the index names")
+                    raise CheckpointError(
+                        file, f"lacks the tensor {name[:200]!r}, which the index names"
+                    )
                 self._where[name] = (file, tensors[name])
 
     def _files(self) -> dict[Path, list[str] | None]:
@@ -193,17 +231,21 @@ class Checkpoint:
                 return {single: None}
             raise CheckpointError(self.path, f"holds neither {self.SINGLE} nor {self.INDEX}")
         try:
-            content = json.loads(index.read_text("utf-8"), object_pairs_hook=_no_duplicates)
+            content = read_json(index, object_pairs_hook=_no_duplicates)
             names = content["weight_map"]
             if not isinstance(names, dict):
                 raise TypeError("its weight_map is not an object")
+        except CheckpointError:
+            raise
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(index, f"not a valid index: {error}") from None
         files: dict[Path, list[str] | None] = {}
         for name, file in names.items():
             # A shard lies beside its index: a name that leads elsewhere is not one.
             if not _is_file_name(file):
-                raise CheckpointError(index, f"bad file name {file!r} for tensor {name!r}")
+                raise CheckpointError(
+                    index, f"bad file name {file!r:.200} for tensor {name[:200]!r}"
+                )
             files.setdefault(self.path / file, []).append(name)
         return files
 

@@ -178,8 +178,12 @@ def experts(
     hidden_size: int,
     intermediate_size: int,
     stored: str = "quantised",
+    biases: tuple[str, ...] = (),
 ) -> ExpertWeights:
-    """The experts of a layer; sizes are whole blocks."""
+    """The experts of a layer; sizes are whole blocks.
+
+    Biases of gate and up are so large that many sums are beyond the limits of "swiglu_oai".
+    """
     rng = generator(f"experts {num_experts} {hidden_size} {intermediate_size}")
     gate, up = (
         _stored(format, (num_experts, intermediate_size, hidden_size), stored, rng) for _ in "gu"
@@ -190,7 +194,11 @@ def experts(
     elif stored == "scales_nan":
         gate.parts["scales"][0, 0].fill_(float("nan"))  # spoils every output of expert 0
         down.parts["scales"][1, 3].fill_(float("nan"))  # spoils one output of expert 1
-    return ExpertWeights(gate, up, down)
+    found = {}
+    for name in biases:
+        size, scale = (hidden_size, 1) if name == "down_bias" else (intermediate_size, 5)
+        found[name] = scale * torch.randn(num_experts, size, generator=generator(name))
+    return ExpertWeights(gate, up, down, **found)
 
 
 @functools.lru_cache(maxsize=8)

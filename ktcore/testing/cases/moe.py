@@ -44,6 +44,7 @@ class MoeCase:
     x: str = "normal"
     layout: str = "dense"
     stored: str = "quantised"
+    biases: tuple[str, ...] = ()
     compare: Callable[[Call, Tensor, str], Outcome] | None = None
     brief: bool = False
 
@@ -93,7 +94,7 @@ class Call:
         self.experts: ExpertWeights = (
             make(format, *sizes)
             if case.x == "largest"
-            else make(format, case.num_experts, *sizes, case.stored)
+            else make(format, case.num_experts, *sizes, case.stored, case.biases)
         )
         x = inputs.activations(case.x, case.tokens, hidden_size, case.dtype, case.name)
         self.x = inputs.lay_out(x, case.layout)
@@ -191,6 +192,7 @@ def any_time(call: Call, got: Tensor, backend: str) -> Outcome:
 # No multiples of a tile (32) or group among them, except where both are.
 SHAPES = ((40, 33), (65, 48), (129, 100), (200, 160), (256, 48))
 TOKENS = (0, 1, 2, 3, 17, 64, 513)
+BIASES = ("gate_bias", "up_bias", "down_bias")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
@@ -232,6 +234,59 @@ def _cases() -> list[MoeCase]:
     out += [
         MoeCase("gelu_tanh exact", activation="gelu_tanh", exact=True),
         MoeCase("smallest 1x1", hidden_size=1, intermediate_size=1, num_experts=1, top_k=1),
+    ]
+    # ------------------------------------------------------- biases, gpt-oss's activation
+    out += [
+        MoeCase(
+            f"biases {activation} {_name(dtype)} tokens={t}",
+            hidden_size=h,
+            intermediate_size=i,
+            tokens=t,
+            dtype=dtype,
+            activation=activation,
+            biases=BIASES,
+            brief=(activation, dtype, t) == ("swiglu_oai", F32, 17),
+        )
+        for activation in ("silu", "gelu_tanh", "swiglu_oai")
+        for dtype, t, h, i in (
+            (F32, 1, 65, 48),
+            (F32, 17, 129, 100),
+            (F32, 64, 256, 48),
+            (BF16, 3, 40, 33),
+        )
+    ]
+    out += [MoeCase(f"{name} alone", biases=(name,), tokens=t) for name in BIASES for t in (1, 9)]
+    out += [
+        MoeCase("swiglu_oai without biases", activation="swiglu_oai"),
+        MoeCase("swiglu_oai without biases bfloat16", activation="swiglu_oai", dtype=BF16),
+        MoeCase("swiglu_oai exact", activation="swiglu_oai", biases=BIASES, exact=True),
+        # (Exact: far from zero the limits make a step of it, which a rounded activation may take.)
+        *(
+            MoeCase(
+                f"swiglu_oai x huge {_name(dtype)}",
+                activation="swiglu_oai",
+                x="huge",
+                dtype=dtype,
+                biases=BIASES,
+                exact=True,
+            )
+            for dtype in (F32, F16)
+        ),
+        # (An infinite activation is none of these: whether the limits make it finite again depends
+        # on how activations are encoded.)
+        MoeCase(
+            "swiglu_oai x nan",
+            activation="swiglu_oai",
+            x="nan",
+            biases=BIASES,
+            compare=others_untouched,
+        ),
+        MoeCase("biases x zero", x="zero", biases=BIASES),
+        MoeCase("biases some ids -1", ids="some_absent", tokens=64, biases=BIASES),
+        MoeCase("biases all ids -1", ids="none", biases=BIASES),
+        MoeCase("biases the same expert twice in a token", ids="twice", biases=BIASES),
+        MoeCase("biases topk_weights signed", weights="signed", biases=BIASES),
+        MoeCase("biases smallest 1x1", 1, 1, num_experts=1, top_k=1, biases=BIASES),
     ]
     # ------------------------------------------------------------------------------ routing
     out += [
@@ -299,12 +354,14 @@ def _cases() -> list[MoeCase]:
     # ---------------------------------------------------------------------------- invariance
     out += [
         MoeCase(
-            f"bits alike {what} tokens={t}",
+            f"bits alike {what} tokens={t}" + (f" {activation} biases" if biases else ""),
             tokens=t,
             compare=compare,
             hidden_size=200,
             intermediate_size=160,
             ids="some_absent",
+            activation=activation,
+            biases=biases,
         )
         for what, compare in (
             ("with 1, 2, 5 threads", any_threads),
@@ -312,6 +369,7 @@ def _cases() -> list[MoeCase]:
             ("at every call", any_time),
         )
         for t in (3, 64)
+        for activation, biases in (("silu", ()), ("swiglu_oai", BIASES))
     ]
     out += [
         MoeCase(

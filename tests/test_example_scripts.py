@@ -1,0 +1,167 @@
+"""examples/perplexity_table.py and examples/random_model.py."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from gguf_models import embedded_metadata, embedded_tensors, package, write_gguf
+
+from ktcore.bench.presets import Shape
+from ktcore.formats import get_format
+from ktcore.models import generate, load_model
+from ktcore.weights import GgufFile
+
+pytest.importorskip("typer")
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+IDS = torch.tensor([1, 5, 300, 2, 77, 1024, 2047, 0, 9, 9])
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Its dataclasses look it up.
+    __import__("sys").modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+perplexity_table, random_model = script("perplexity_table"), script("random_model")
+
+# -------------------------------------------------------------------------------- perplexity table
+
+
+def test_the_widened_model_computes_the_same(tmp_path):
+    package()
+    tensors, keys = perplexity_table.widened(embedded_tensors(), embedded_metadata())
+    assert all(t.shape[-1] % 256 == 0 for t in tensors.values() if t.dim() > 1)
+    path = tmp_path / "wide.gguf"
+    perplexity_table.write(path, tensors, keys, get_format("f32"))
+    wide, plain = load_model(path), load_model(write_gguf(tmp_path / "plain.gguf", "F32"))
+    assert (wide.config.hidden_size, wide.config.num_attention_heads) == (256, 8)
+    got, expected = wide(IDS), plain(IDS)
+    assert ((got - expected).norm() / expected.norm()).item() < 1e-5
+
+
+def test_experts_alone_are_in_the_format(tmp_path):
+    package()
+    tensors, keys = perplexity_table.widened(embedded_tensors(), embedded_metadata())
+    perplexity_table.write(tmp_path / "m.gguf", tensors, keys, get_format("q4_0"))
+    file = GgufFile(tmp_path / "m.gguf")
+    kinds = {name: file.info(name).type.name for name in file.names()}
+    assert {k for n, k in kinds.items() if "_exps" in n} == {"Q4_0"}
+    assert {k for n, k in kinds.items() if "_exps" not in n} == {"F32"}
+
+
+@pytest.mark.parametrize("name", ["awq4_g32", "gptq4_g128_sym_act", "gptq3_g128"])
+def test_formats_of_others_are_rounded_to(tmp_path, name):
+    plain = write_gguf(tmp_path / "plain.gguf", "F32")
+    got, expected = perplexity_table.rounded(plain, get_format(name))(IDS), load_model(plain)(IDS)
+    assert 1e-4 < ((got - expected).norm() / expected.norm()).item() < 0.5
+
+
+def test_which_formats_a_file_can_hold():
+    package()
+    held = {n for n in ("bf16", "q4_k", "gguf_mxfp4", "mxfp4", "nvfp4", "int8", "int4", "tq1_0")
+            if perplexity_table.is_file_type(get_format(n))}  # fmt: skip
+    assert held == {"bf16", "q4_k", "gguf_mxfp4", "tq1_0"}
+
+
+def test_what_llama_perplexity_prints():
+    assert perplexity_table.estimate("x\nFinal estimate: PPL = 19.0147 +/- 0.31\n") == 19.0147
+    assert perplexity_table.estimate("[29]26.3455,[30]26.1773,") is None  # lost what followed
+
+
+def test_the_perplexity_table():
+    found = [
+        {"name": "bf16", "kind": "format", "bits": 16.0, "ktcore": 20.0, "llama_cpp": 20.5,
+         "note": ""},
+        {"name": "int8", "kind": "format", "bits": 8.0, "ktcore": 20.1, "llama_cpp": None,
+         "note": ""},
+        {"name": "Q4_K_M", "kind": "mixture", "bits": 4.9, "ktcore": 21.0, "llama_cpp": 21.1,
+         "note": ""},
+    ]  # fmt: skip
+    lines = perplexity_table.markdown(found, [get_format(n) for n in ("bf16", "int8", "q4_0")])
+    assert "| `bf16` | 16.00 | 20.0000 | +0.00 % | 20.5000 | -0.5000 |  |" in lines
+    assert "| `int8` | 8.00 | 20.1000 | +0.50 % | — | — |  |" in lines
+    assert "| `q4_0` | 4.50 | not run |  |  |  |  |" in lines
+    assert "| `Q4_K_M` | 4.90 | 21.0000 | +5.00 % | 21.1000 | -0.1000 |  |" in lines
+    assert "| `Q2_K` |  | not run |" in lines
+
+
+# ----------------------------------------------------------------------------------- random model
+
+SMALL = Shape(256, 256, 4, 2)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    package()
+    for name, value in {"VOCABULARY": 2100, "HEADS": 4, "KV_HEADS": 2, "HEAD_DIM": 64}.items():
+        monkeypatch.setattr(random_model, name, value)
+
+
+def silent(*_: object) -> None:
+    pass
+
+
+def test_a_random_gguf_loads_and_generates(small, tmp_path):
+    path = tmp_path / "m.gguf"
+    random_model.write_gguf(path, SMALL, 3, silent)
+    file = GgufFile(path)
+    kinds = [file.info(f"blk.{i}.ffn_down_exps.weight").type.name for i in range(3)]
+    assert kinds == ["Q4_K", "Q4_K", "Q6_K"]
+    assert file.info("output.weight").type.name == "Q6_K"
+    model = load_model(path)
+    assert model.config.vocab_size == 2100 and not model.config.tie_word_embeddings
+    assert model.tokenizer.decode([2099]) == "<unused2099>"
+    logits = model(torch.arange(5))
+    assert logits.isfinite().all() and 0.1 < logits.std() < 10
+    assert len(list(generate(model, model.tokenizer.encode("And"), 4))) <= 4
+
+
+def test_a_random_folder_loads_and_generates(small, tmp_path):
+    folder = tmp_path / "m"
+    random_model.write_folder(folder, SMALL, 2, silent)
+    model = load_model(folder)
+    assert model.expert_formats == ["int4_g32"]
+    assert model.tokenizer.decode([2099]) == "<unused2099>"
+    logits = model(torch.arange(5))
+    assert logits.isfinite().all() and 0.1 < logits.std() < 10
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) == 3
+    with pytest.raises(random_model.Refused, match="exists"):
+        random_model.write_folder(folder, SMALL, 2, silent)
+
+
+def test_q4_k_m_of_48_layers_is_llama_cpps():
+    more = [i for i in range(48) if random_model.more_bits(i, 48)]
+    # As llama-quantize chooses for a model of 48 layers.
+    assert more == [0, 1, 2, 3, 4, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35, 38, 41,
+                    42, 43, 44, 45, 46, 47]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["gguf", "folder"])
+def test_a_failed_write_leaves_nothing(small, tmp_path, monkeypatch, kind):
+    def fail(self, matrix):
+        raise OSError("no luck")
+
+    monkeypatch.setattr(random_model.Contents, "parts", fail)
+    write = random_model.write_gguf if kind == "gguf" else random_model.write_folder
+    with pytest.raises(OSError, match="no luck"):
+        write(tmp_path / "m.gguf", SMALL, 2, silent)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_does_not_fit_is_refused_beforehand(small, tmp_path, monkeypatch):
+    with pytest.raises(random_model.Refused, match="--model: its sizes do not fit"):
+        random_model.write_gguf(tmp_path / "m.gguf", Shape(192, 64, 4, 2), 2, silent)
+    monkeypatch.setattr(random_model.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
+    with pytest.raises(random_model.Refused, match=r"0\.0 GB are free"):
+        random_model.write_folder(tmp_path / "m", SMALL, 2, silent)
+    assert list(tmp_path.iterdir()) == []
