@@ -503,6 +503,28 @@ def test_packed_weights_over_memory():
     memory.close()
 
 
+def test_damaged_order_of_columns():
+    """Kernels trust the columns of act-order, so memory from elsewhere is looked at."""
+    ext = _native.ext
+    layout = ext.WeightLayout("codes4", scale_type=1, span=4, bias=8, reordered=True)
+    own = ext.PackedMatrix(layout, 40, 128)
+    with pytest.raises(ValueError, match="columns: this layout needs them"):
+        own.pack(1, 1, scale_size=128)
+    memory = mmap.mmap(-1, own.nbytes)
+    memory[:] = memoryview(own)
+    ext.PackedMatrix(layout, 40, 128, memory)
+    memory[-4:] = (128).to_bytes(4, "little")
+    with pytest.raises(ValueError, match="order of columns"):
+        ext.PackedMatrix(layout, 40, 128, memory)
+    experts = ext.PackedExperts(layout, layout, 2, 128, 64)
+    memory = mmap.mmap(-1, experts.nbytes)
+    memory[:] = memoryview(experts)
+    ext.PackedExperts(layout, layout, 2, 128, 64, memory)
+    memory[-4:] = (-1).to_bytes(4, "little", signed=True)
+    with pytest.raises(ValueError, match="order of columns"):
+        ext.PackedExperts(layout, layout, 2, 128, 64, memory)
+
+
 def test_checksum():
     checksum = _native.ext.checksum
     data = bytearray(torch.arange(3_000_017).to(torch.uint8).numpy().tobytes())

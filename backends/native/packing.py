@@ -39,8 +39,6 @@ _lock = threading.Lock()
 
 def is_packable(format: Format) -> bool:
     """Whether the kernels have a layout for a format: for its numbers and for its groups."""
-    if getattr(format, "act_order", False):
-        return False
     if type(format).floats is not Format.floats:
         return format.group_size is None or format.group_size % GROUP == 0
     if type(format).codes is not Format.codes:
@@ -57,12 +55,20 @@ class _Matrix:
     offsets: Tensor | None = None
     inner_scales: Tensor | None = None
     inner_offsets: Tensor | None = None
+    columns: Tensor | None = None
     scale_size: int = 0
     group_size: int = 0
     blocks: tuple[int, int, list[tuple[int, ...]]] = (0, 0, [])
 
     def arguments(self) -> tuple:
-        tensors = (self.data, self.scales, self.offsets, self.inner_scales, self.inner_offsets)
+        tensors = (
+            self.data,
+            self.scales,
+            self.offsets,
+            self.inner_scales,
+            self.inner_offsets,
+            self.columns,
+        )
         addresses = (0 if t is None else t.data_ptr() for t in tensors)
         return (*addresses, self.scale_size, self.group_size, self.blocks)
 
@@ -112,7 +118,7 @@ class _Packer:
             assert floats is not None, self.format.name
             return floats
         codes = self.format.codes(weight.parts, weight.shape, blocks=True)
-        assert codes is not None and codes.columns is None, self.format.name
+        assert codes is not None, self.format.name
         return codes
 
     def widen(self, weight: QuantTensor) -> None:
@@ -142,6 +148,7 @@ class _Packer:
             contiguous(stored.offsets),
             contiguous(stored.inner_scales),
             contiguous(stored.inner_offsets),
+            contiguous(stored.columns),
             stored.scale_size,
             stored.group_size,
             blocks,
@@ -172,6 +179,7 @@ class _Packer:
             inner_offsets=stored.inner_offsets is not None,
             bias=bias,
             levels=levels if name == "table4" else [],
+            reordered=stored.columns is not None,
         )
 
 
@@ -186,26 +194,54 @@ def packed_experts(experts: ExpertWeights) -> object:
     return experts.packed[LAYOUT]
 
 
+def _in_order(stored: Codes | Floats, order: Tensor) -> Codes | Floats:
+    """The rows of a matrix in another order."""
+
+    def take(value: object) -> object:
+        if isinstance(value, BlockCodes):
+            return dataclasses.replace(value, data=value.data[order])
+        if not isinstance(value, Tensor) or value.ndim < 2:
+            return value
+        if value.dtype == torch.float8_e4m3fn:  # which torch does not index
+            return value.view(torch.uint8)[order].view(value.dtype)
+        return value[order]
+
+    return dataclasses.replace(stored, **{f: take(v) for f, v in vars(stored).items()})
+
+
 def _pack_experts(experts: ExpertWeights) -> object:
     packers = {"gate": _Packer(experts.format), "down": _Packer(experts.down_format)}
     packers["up"] = packers["gate"]
+
+    def read(name: str, e: int) -> Codes | Floats:
+        return packers[name].read(getattr(experts, name)[e])
+
+    def of_expert(e: int) -> dict[str, Codes | Floats]:
+        matrices = {name: read(name, e) for name in packers}
+        order = getattr(matrices["down"], "columns", None)
+        if order is not None:
+            # Gate and up put out what down takes in: they have their rows in its order.
+            for name in ("gate", "up"):
+                matrices[name] = _in_order(matrices[name], order)
+        return matrices
+
     indices = range(experts.num_experts)
     for name, packer in packers.items():
         for e in indices if packer.examines else ():
             packer.widen(getattr(experts, name)[e])
+    example = of_expert(0)
     packed = _native.ext.PackedExperts(
         *(
-            packers[name].layout(packers[name].read(weight[0]), weight.shape[-1])
+            packers[name].layout(example[name], weight.shape[-1])
             for name, weight in (("gate", experts.gate), ("down", experts.down))
         ),
         experts.num_experts,
         experts.hidden_size,
         experts.intermediate_size,
     )
-    for name, packer in packers.items():
-        for e in indices:
-            # Holds what its addresses point to.
-            matrix = packer.matrix(packer.read(getattr(experts, name)[e]))
+    for e in indices:
+        for name, stored in of_expert(e).items():
+            matrix = packers[name].matrix(stored)  # holds what its addresses point to
             packed.pack(e, name, *matrix.arguments())
     return packed
 

@@ -88,7 +88,7 @@ using BlockArguments =
 
 StoredMatrix stored_matrix(const WeightLayout& layout, uintptr_t data, uintptr_t scales,
                            uintptr_t offsets, uintptr_t inner_scales, uintptr_t inner_offsets,
-                           int64_t scale_size, int64_t group_size, int64_t cols,
+                           uintptr_t columns, int64_t scale_size, int64_t group_size, int64_t cols,
                            const BlockArguments& blocks) {
   need("data", true, data);
   need("scales", layout.scaled() || layout.format == WeightFormat::int8, scales);
@@ -107,6 +107,8 @@ StoredMatrix stored_matrix(const WeightLayout& layout, uintptr_t data, uintptr_t
   out.inner_offsets = pointer<const int8_t>(inner_offsets);
   out.scale_size = scale_size;
   out.group_size = group_size;
+  need("columns", layout.reordered, columns);
+  out.columns = pointer<const int64_t>(columns);
   const auto& [block_size, type_size, fields] = blocks;
   if (fields.empty()) return out;
   const auto check = [](bool sound) {
@@ -235,7 +237,8 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<WeightLayout>(m, "WeightLayout")
       .def(py::init([](const std::string& format, int scale_type, int64_t span, bool inner_scales,
-                       bool offsets, bool inner_offsets, int bias, const std::vector<int>& levels) {
+                       bool offsets, bool inner_offsets, int bias, const std::vector<int>& levels,
+                       bool reordered) {
              need_positive("span", span);
              if (levels.size() > 16) throw std::invalid_argument("levels: at most 16");
              WeightLayout layout;
@@ -246,6 +249,7 @@ PYBIND11_MODULE(_C, m) {
              layout.offsets = offsets;
              layout.inner_offsets = inner_offsets;
              layout.bias = bias;
+             layout.reordered = reordered;
              for (size_t i = 0; i < levels.size(); ++i) {
                layout.levels[i] = static_cast<int8_t>(levels[i]);
              }
@@ -254,7 +258,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("format"), py::kw_only(), py::arg("scale_type") = 0, py::arg("span") = 1,
            py::arg("inner_scales") = false, py::arg("offsets") = false,
            py::arg("inner_offsets") = false, py::arg("bias") = 0,
-           py::arg("levels") = std::vector<int>{})
+           py::arg("levels") = std::vector<int>{}, py::arg("reordered") = false)
       .def(
           "describe",
           [](const WeightLayout& self) {
@@ -266,6 +270,7 @@ PYBIND11_MODULE(_C, m) {
             out["offsets"] = self.offsets;
             out["inner_offsets"] = self.inner_offsets;
             out["bias"] = self.bias;
+            out["reordered"] = self.reordered;
             out["levels"] = std::vector<int>(std::begin(self.levels), std::end(self.levels));
             return out;
           },
@@ -289,17 +294,18 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "pack",
           [](PackedMatrix& self, uintptr_t data, uintptr_t scales, uintptr_t offsets,
-             uintptr_t inner_scales, uintptr_t inner_offsets, int64_t scale_size,
+             uintptr_t inner_scales, uintptr_t inner_offsets, uintptr_t columns, int64_t scale_size,
              int64_t group_size, const BlockArguments& blocks) {
             const StoredMatrix stored =
                 stored_matrix(self.layout, data, scales, offsets, inner_scales, inner_offsets,
-                              scale_size, group_size, self.cols, blocks);
+                              columns, scale_size, group_size, self.cols, blocks);
             py::gil_scoped_release release;
             self.pack(stored);
           },
           py::arg("data"), py::arg("scales") = 0, py::arg("offsets") = 0,
-          py::arg("inner_scales") = 0, py::arg("inner_offsets") = 0, py::arg("scale_size") = 0,
-          py::arg("group_size") = 0, py::arg("blocks") = BlockArguments{})
+          py::arg("inner_scales") = 0, py::arg("inner_offsets") = 0, py::arg("columns") = 0,
+          py::arg("scale_size") = 0, py::arg("group_size") = 0,
+          py::arg("blocks") = BlockArguments{})
       .def_readonly("layout", &PackedMatrix::layout)
       .def_readonly("rows", &PackedMatrix::rows)
       .def_readonly("cols", &PackedMatrix::cols);
@@ -325,7 +331,8 @@ PYBIND11_MODULE(_C, m) {
           "pack",
           [](PackedExperts& self, int64_t expert, const std::string& projection, uintptr_t data,
              uintptr_t scales, uintptr_t offsets, uintptr_t inner_scales, uintptr_t inner_offsets,
-             int64_t scale_size, int64_t group_size, const BlockArguments& blocks) {
+             uintptr_t columns, int64_t scale_size, int64_t group_size,
+             const BlockArguments& blocks) {
             if (expert < 0 || expert >= self.num_experts) throw std::out_of_range("expert");
             PackedExperts::Projection p;
             if (projection == "gate")
@@ -340,7 +347,8 @@ PYBIND11_MODULE(_C, m) {
             const WeightLayout& layout =
                 p == PackedExperts::Projection::down ? self.down_layout : self.gate_up_layout;
             const StoredMatrix stored = stored_matrix(
-                layout, data, scales, offsets, inner_scales, inner_offsets, scale_size, group_size,
+                layout, data, scales, offsets, inner_scales, inner_offsets, columns, scale_size,
+                group_size,
                 p == PackedExperts::Projection::down ? self.intermediate_size : self.hidden_size,
                 blocks);
             py::gil_scoped_release release;
@@ -348,7 +356,7 @@ PYBIND11_MODULE(_C, m) {
           },
           py::arg("expert"), py::arg("projection"), py::arg("data"), py::arg("scales") = 0,
           py::arg("offsets") = 0, py::arg("inner_scales") = 0, py::arg("inner_offsets") = 0,
-          py::arg("scale_size") = 0, py::arg("group_size") = 0,
+          py::arg("columns") = 0, py::arg("scale_size") = 0, py::arg("group_size") = 0,
           py::arg("blocks") = BlockArguments{})
       .def_readonly("gate_up_layout", &PackedExperts::gate_up_layout)
       .def_readonly("down_layout", &PackedExperts::down_layout)

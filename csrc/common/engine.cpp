@@ -101,6 +101,7 @@ void moe(const KernelTable& table, const MoeArgs& args) {
     arena.take(tiles, slots);
     arena.take(job.tokens_encoded, args.tokens * in_token_bytes);
     arena.take(job.in_encoded, slots * in_token_bytes);
+    arena.take(job.up_encoded, experts.gate_up_layout.reordered ? slots * in_token_bytes : 0);
     arena.take(job.mid_encoded, slots * mid_token_bytes);
     arena.take(job.sum, args.tokens * round_up(job.hidden_size, kBlockRows));
   });
@@ -135,6 +136,9 @@ void moe(const KernelTable& table, const MoeArgs& args) {
     ActiveExpert& expert = active[active_count++];
     expert.gate_up = experts.gate_up(e);
     expert.down = experts.down(e);
+    expert.gate_columns = experts.columns(e, PackedExperts::Projection::gate);
+    expert.up_columns = experts.columns(e, PackedExperts::Projection::up);
+    expert.down_columns = experts.columns(e, PackedExperts::Projection::down);
     expert.gate_bias = row_of(args.gate_bias, e, experts.intermediate_size);
     expert.up_bias = row_of(args.up_bias, e, experts.intermediate_size);
     expert.down_bias = row_of(args.down_bias, e, experts.hidden_size);
@@ -168,6 +172,7 @@ void linear(const KernelTable& table, const LinearArgs& args) {
   job.cols = weight.cols;
   job.layout = &weight.layout;
   job.weight = weight.buffer.data();
+  job.columns = weight.columns();
   job.bias = args.bias;
   job.planes = args.exact ? kernels.exact_planes : kernels.planes;
   job.prefetch_bytes = prefetch_bytes();

@@ -19,7 +19,9 @@ struct ActiveExpert {
   const uint8_t* gate_up;  // packed weights
   const uint8_t* down;
   const float *gate_bias, *up_bias, *down_bias;  // each may be null
-  int32_t tile_begin, tile_end;                  // its tiles
+  // [hidden_size] and [intermediate_size], null unless the layout is reordered.
+  const int32_t *gate_columns, *up_columns, *down_columns;
+  int32_t tile_begin, tile_end;  // its tiles
 };
 
 // One call of `moe`, planned: pairs (token, expert) are sorted by expert. All memory is the caller's.
@@ -40,6 +42,7 @@ struct MoeJob {
   // Scratch: encoded tokens, encoded tiles for gate and up, for down, and the f32 sum.
   uint8_t* tokens_encoded;
   uint8_t* in_encoded;
+  uint8_t* up_encoded;  // tiles for up alone, where the layout is reordered
   uint8_t* mid_encoded;
   float* sum;
   int64_t prefetch_bytes;
@@ -51,7 +54,8 @@ struct LinearJob {
   int64_t tokens, rows, cols;
   const WeightLayout* layout;
   const uint8_t* weight;
-  const float* bias;  // may be null
+  const int32_t* columns;  // [cols], where the layout is reordered
+  const float* bias;       // may be null
   const TokenTile* tiles;
   int64_t tile_count;
   int planes;

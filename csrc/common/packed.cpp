@@ -127,6 +127,14 @@ void unpack_block(const StoredMatrix& m, int64_t row, int64_t column, uint8_t* c
   for (const CodeField& f : m.fields) {
     const int64_t of_run = f.run * 8 / f.bits;  // codes
     const auto mask = static_cast<uint8_t>((1 << f.bits) - 1);
+    if (f.run == 1 && f.bits == 4) {  // the same as below, for two neighbours a byte
+      const uint8_t* from = block + f.at + column / 2;
+      for (int64_t i = 0; i < kGroup / 2; ++i) {
+        codes[2 * i] |= static_cast<uint8_t>((from[i] & 15) << f.shift);
+        codes[2 * i + 1] |= static_cast<uint8_t>((from[i] >> 4) << f.shift);
+      }
+      continue;
+    }
     const int64_t step = f.run < kGroup ? f.run : kGroup;
     for (int64_t i = 0; i < kGroup; i += step) {
       const int64_t place = (column + i) % of_run;
@@ -238,12 +246,45 @@ void check_writable(const Buffer& buffer) {
 
 }  // namespace
 
+namespace {
+
+size_t columns_bytes(const WeightLayout& layout, int64_t cols) {
+  return layout.reordered ? static_cast<size_t>(cols) * sizeof(int32_t) : 0;
+}
+
+void store_columns(const StoredMatrix& m, const int32_t* to) {
+  for (int64_t i = 0; i < m.cols; ++i) {
+    if (m.columns[i] < 0 || m.columns[i] >= m.cols) {
+      throw std::invalid_argument("columns: " + std::to_string(m.columns[i]) +
+                                  " is none of a matrix of " + std::to_string(m.cols));
+    }
+    const_cast<int32_t*>(to)[i] = static_cast<int32_t>(m.columns[i]);
+  }
+}
+
+// For memory that was packed elsewhere: kernels trust these.
+void check_columns(const int32_t* columns, int64_t count, int64_t cols) {
+  for (int64_t i = 0; columns != nullptr && i < count; ++i) {
+    if (columns[i] < 0 || columns[i] >= cols) {
+      throw std::invalid_argument("memory: its order of columns is damaged");
+    }
+  }
+}
+
+}  // namespace
+
 PackedMatrix::PackedMatrix(const WeightLayout& l, int64_t r, int64_t c)
-    : PackedMatrix(l, r, c, Buffer(matrix_bytes(l, r, c))) {}
+    : PackedMatrix(l, r, c, Buffer(matrix_bytes(l, r, c) + columns_bytes(l, c))) {}
 
 PackedMatrix::PackedMatrix(const WeightLayout& l, int64_t r, int64_t c, Buffer memory)
     : layout(l), rows(r), cols(c), buffer(std::move(memory)) {
-  check_size(buffer, matrix_bytes(l, r, c));
+  check_size(buffer, matrix_bytes(l, r, c) + columns_bytes(l, c));
+  check_columns(columns(), cols, cols);
+}
+
+const int32_t* PackedMatrix::columns() const {
+  if (!layout.reordered) return nullptr;
+  return reinterpret_cast<const int32_t*>(buffer.data() + matrix_bytes(layout, rows, cols));
 }
 
 void PackedMatrix::pack(StoredMatrix m) {
@@ -251,6 +292,7 @@ void PackedMatrix::pack(StoredMatrix m) {
   m.layout = layout;
   m.rows = rows;
   m.cols = cols;
+  if (layout.reordered) store_columns(m, columns());
   pack_blocks(m, buffer.data(), layout.block_bytes(cols));
 }
 
@@ -258,7 +300,8 @@ PackedExperts::PackedExperts(const WeightLayout& gate_up, const WeightLayout& do
                              int64_t h, int64_t i)
     : PackedExperts(gate_up, down, e, h, i,
                     Buffer(static_cast<size_t>(e) *
-                           (2 * matrix_bytes(gate_up, i, h) + matrix_bytes(down, h, i)))) {}
+                           (2 * (matrix_bytes(gate_up, i, h) + columns_bytes(gate_up, h)) +
+                            matrix_bytes(down, h, i) + columns_bytes(down, i)))) {}
 
 PackedExperts::PackedExperts(const WeightLayout& gate_up, const WeightLayout& down, int64_t e,
                              int64_t h, int64_t i, Buffer memory)
@@ -268,7 +311,22 @@ PackedExperts::PackedExperts(const WeightLayout& gate_up, const WeightLayout& do
       hidden_size(h),
       intermediate_size(i),
       buffer(std::move(memory)) {
-  check_size(buffer, static_cast<size_t>(e * (gate_up_bytes() + down_bytes())));
+  check_size(buffer,
+             static_cast<size_t>(e * (gate_up_bytes() + down_bytes())) +
+                 static_cast<size_t>(e) * (2 * columns_bytes(gate_up, h) + columns_bytes(down, i)));
+  check_columns(columns(0, Projection::gate), 2 * e * h, h);
+  check_columns(columns(0, Projection::down), e * i, i);
+}
+
+const int32_t* PackedExperts::columns(int64_t expert, Projection projection) const {
+  const auto* gates_and_ups = reinterpret_cast<const int32_t*>(gate_up(num_experts));
+  if (projection != Projection::down) {
+    const int64_t row = 2 * expert + (projection == Projection::up ? 1 : 0);
+    return gate_up_layout.reordered ? gates_and_ups + row * hidden_size : nullptr;
+  }
+  if (!down_layout.reordered) return nullptr;
+  const int64_t before = gate_up_layout.reordered ? 2 * num_experts * hidden_size : 0;
+  return gates_and_ups + before + expert * intermediate_size;
 }
 
 int64_t PackedExperts::gate_up_bytes() const {
@@ -290,12 +348,14 @@ void PackedExperts::pack(int64_t expert, Projection projection, StoredMatrix m) 
     m.layout = down_layout;
     m.rows = hidden_size;
     m.cols = intermediate_size;
+    if (m.layout.reordered) store_columns(m, columns(expert, projection));
     pack_blocks(m, const_cast<uint8_t*>(down(expert)), down_layout.block_bytes(m.cols));
     return;
   }
   m.layout = gate_up_layout;
   m.rows = intermediate_size;
   m.cols = hidden_size;
+  if (m.layout.reordered) store_columns(m, columns(expert, projection));
   const int64_t block = gate_up_layout.block_bytes(m.cols);
   const int64_t offset = projection == Projection::up ? block : 0;
   pack_blocks(m, const_cast<uint8_t*>(gate_up(expert)) + offset, 2 * block);

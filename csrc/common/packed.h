@@ -27,6 +27,9 @@
 // All stored weight formats that are small integers (see Codes in ktcore/formats/base.py) become one
 // of these.
 //
+// Reordered matrices (act-order) have their columns sorted by group. Which column of the activations
+// each is stands behind all blocks, as 32-bit integers.
+//
 // 32 outputs of one matrix are one activation group of the next. Rows are padded to whole blocks
 // and columns to whole groups with zero weights.
 #pragma once
@@ -53,6 +56,7 @@ struct WeightLayout {
   bool inner_offsets = false;
   int32_t bias = 0;
   int8_t levels[16] = {};
+  bool reordered = false;  // the columns are in an order of their own, which the matrix holds
 
   KT_INLINE bool operator==(const WeightLayout&) const = default;
 
@@ -147,6 +151,7 @@ struct StoredMatrix {
   const int8_t* inner_scales = nullptr;
   const int8_t* inner_offsets = nullptr;
   int64_t scale_size = 0, group_size = 0;
+  const int64_t* columns = nullptr;  // where the layout is reordered: [cols], each below cols
 };
 
 // One packed matrix [rows, cols].
@@ -158,13 +163,16 @@ class PackedMatrix {
   // Takes `m` for its data; sizes and layout are this matrix's own.
   void pack(StoredMatrix m);
 
+  const int32_t* columns() const;  // [cols], null unless reordered
+
   WeightLayout layout;
   int64_t rows, cols;
   Buffer buffer;
 };
 
 // The experts of one layer: per expert the gate and up rows interleaved by blocks (they are read
-// together), then the down matrix.
+// together), then the down matrix. Where down is reordered, gate and up have been given with their rows
+// in its order.
 class PackedExperts {
  public:
   PackedExperts(const WeightLayout& gate_up_layout, const WeightLayout& down_layout,
@@ -180,6 +188,8 @@ class PackedExperts {
   int64_t down_bytes() const;
   const uint8_t* gate_up(int64_t expert) const;
   const uint8_t* down(int64_t expert) const;
+  // [hidden_size], for down [intermediate_size]; null unless the projection's layout is reordered.
+  const int32_t* columns(int64_t expert, Projection projection) const;
 
   WeightLayout gate_up_layout, down_layout;
   int64_t num_experts, hidden_size, intermediate_size;

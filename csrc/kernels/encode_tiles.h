@@ -3,22 +3,34 @@
 
 namespace ktcore::KTCORE_ISA {
 
+// Encodes a token as rows [row, row + planes) of a tile of `rows`; its columns in the order listed, if
+// there is a list.
+template <class S, class Codec>
+static void encode_token(const ConstRows& x, int64_t token, int64_t cols, const int32_t* columns,
+                         int planes, uint8_t* tile, int64_t rows, int64_t row) {
+  const int64_t groups = ceil_div(cols, kGroup);
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t left = cols - g * kGroup, count = left < kGroup ? left : kGroup;
+    typename S::F v[Rows32<S>::kVectors];
+    if (columns == nullptr) {
+      Rows32<S>::load(x, token, g * kGroup, count, v);
+    } else {
+      Rows32<S>::load_listed(x, token, columns + g * kGroup, count, v);
+    }
+    Codec::encode(v, planes, tile, rows, row, g, groups);
+  }
+}
+
 template <class S, class Codec>
 static void encode_tokens(ThreadPool& pool, const ConstRows& x, int64_t tokens, int64_t cols,
-                          int planes, uint8_t* encoded) {
-  const int64_t groups = ceil_div(cols, kGroup);
+                          const int32_t* columns, int planes, uint8_t* encoded) {
   const int64_t token_bytes = planes * Codec::row_bytes(cols);
   // A few microseconds a task; one token is done where it is.
   const int64_t per_task = ceil_div(16384, cols);
   parallel_for(pool, ceil_div(tokens, per_task), [&](int64_t task, int) {
     const int64_t end = task * per_task + per_task < tokens ? task * per_task + per_task : tokens;
     for (int64_t t = task * per_task; t < end; ++t) {
-      for (int64_t g = 0; g < groups; ++g) {
-        const int64_t left = cols - g * kGroup;
-        typename S::F v[Rows32<S>::kVectors];
-        Rows32<S>::load(x, t, g * kGroup, left < kGroup ? left : kGroup, v);
-        Codec::encode(v, planes, encoded + t * token_bytes, planes, 0, g, groups);
-      }
+      encode_token<S, Codec>(x, t, cols, columns, planes, encoded + t * token_bytes, planes, 0);
     }
   });
 }

@@ -10,7 +10,8 @@ static void linear(const LinearJob& job, ThreadPool& pool) {
   const int64_t token_bytes = job.planes * Codec::row_bytes(job.cols);
   const int64_t block = job.layout->block_bytes(job.cols);
 
-  encode_tokens<S, Codec>(pool, job.x, job.tokens, job.cols, job.planes, job.tokens_encoded);
+  encode_tokens<S, Codec>(pool, job.x, job.tokens, job.cols, job.columns, job.planes,
+                          job.tokens_encoded);
   if (job.tile_count < job.tokens) {
     gather_tiles<Codec>(pool, job.tiles, job.tile_count, job.cols, job.planes, job.tokens_encoded,
                         job.tiles_encoded, [](int32_t token) { return token; });

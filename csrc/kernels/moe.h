@@ -18,16 +18,42 @@ static KT_INLINE void for_tiles(const MoeJob& job, const ActiveExpert& expert, F
   }
 }
 
-// The biases of a block of rows; zeros without any.
+// The biases of a block of rows; zeros without any. `listed`: which rows these are, null for those in
+// their place.
 template <class S>
-static KT_INLINE void load_bias(const float* bias, int64_t block, int64_t rows, typename S::F* v) {
+static KT_INLINE void load_bias(const float* bias, const int32_t* listed, int64_t block,
+                                int64_t rows, typename S::F* v) {
   if (bias == nullptr) {
     for (int k = 0; k < Rows32<S>::kVectors; ++k) v[k] = S::zero();
     return;
   }
-  const int64_t left = rows - block * kBlockRows;
-  Rows32<S>::load({bias, rows, DType::f32}, 0, block * kBlockRows,
-                  left < kBlockRows ? left : kBlockRows, v);
+  const int64_t left = rows - block * kBlockRows, count = left < kBlockRows ? left : kBlockRows;
+  if (listed == nullptr) {
+    Rows32<S>::load({bias, rows, DType::f32}, 0, block * kBlockRows, count, v);
+  } else {
+    Rows32<S>::load_listed({bias, rows, DType::f32}, 0, listed + block * kBlockRows, count, v);
+  }
+}
+
+// Encodes the tiles of every expert for gate and for up, whose columns are in orders of their own.
+template <class S, class Codec>
+static void encode_reordered(const MoeJob& job, ThreadPool& pool) {
+  const int64_t token_bytes = job.planes * Codec::row_bytes(job.hidden_size);
+  parallel_for(pool, job.experts, [&](int64_t e, int) {
+    const ActiveExpert& expert = job.expert[e];
+    for (int32_t i = expert.tile_begin; i < expert.tile_end; ++i) {
+      const TokenTile& tile = job.tiles[i];
+      for (int32_t t = 0; t < tile.tokens; ++t) {
+        const auto encode = [&](const int32_t* columns, uint8_t* encoded) {
+          encode_token<S, Codec>(job.x, job.pair_token[tile.first + t], job.hidden_size, columns,
+                                 job.planes, encoded + tile.first * token_bytes,
+                                 tile.tokens * job.planes, t * job.planes);
+        };
+        encode(expert.gate_columns, job.in_encoded);
+        encode(expert.up_columns, job.up_encoded);
+      }
+    }
+  });
 }
 
 template <class S, class Format, class MidCodec>
@@ -41,8 +67,16 @@ static void gate_up(const MoeJob& job, ThreadPool& pool) {
   const int64_t mid_token_bytes = job.mid_planes * MidCodec::row_bytes(intermediate);
   const int64_t in_block = job.gate_up->block_bytes(hidden);
 
-  encode_tokens<S, Codec>(pool, job.x, job.tokens, hidden, planes, job.tokens_encoded);
-  if (job.tile_count < job.pairs) {  // some tile has several tokens
+  EncodedTiles for_gate{job.in_encoded, in_token_bytes, job.tokens_encoded, job.pair_token};
+  EncodedTiles for_up = for_gate;
+  if (job.gate_up->reordered) {
+    encode_reordered<S, Codec>(job, pool);
+    for_gate = {job.in_encoded, in_token_bytes};
+    for_up = {job.up_encoded, in_token_bytes};
+  } else {
+    encode_tokens<S, Codec>(pool, job.x, job.tokens, hidden, nullptr, planes, job.tokens_encoded);
+  }
+  if (!job.gate_up->reordered && job.tile_count < job.pairs) {  // some tile has several tokens
     gather_tiles<Codec>(pool, job.tiles, job.tile_count, hidden, planes, job.tokens_encoded,
                         job.in_encoded, [&](int32_t pair) { return job.pair_token[pair]; });
   }
@@ -56,17 +90,16 @@ static void gate_up(const MoeJob& job, ThreadPool& pool) {
     const int64_t end = begin + up_step < mid_blocks ? begin + up_step : mid_blocks;
     alignas(64) float gate[kProductRows * kBlockRows];
     alignas(64) float up[kProductRows * kBlockRows];
-    const EncodedTiles encoded{job.in_encoded, in_token_bytes, job.tokens_encoded, job.pair_token};
     for (int64_t b = begin; b < end; ++b) {
       const uint8_t* weights = expert.gate_up + b * 2 * in_block;
       typename S::F gate_bias[Rows32<S>::kVectors], up_bias[Rows32<S>::kVectors];
-      load_bias<S>(expert.gate_bias, b, intermediate, gate_bias);
-      load_bias<S>(expert.up_bias, b, intermediate, up_bias);
+      load_bias<S>(expert.gate_bias, expert.down_columns, b, intermediate, gate_bias);
+      load_bias<S>(expert.up_bias, expert.down_columns, b, intermediate, up_bias);
       for_tiles<Format>(job, expert, [&](const TokenTile* tiles, int count) {
-        multiply<S, Format>(*job.gate_up, weights, hidden_groups, tiles, count, planes, encoded,
+        multiply<S, Format>(*job.gate_up, weights, hidden_groups, tiles, count, planes, for_gate,
                             gate, job.prefetch_bytes);
         multiply<S, Format>(*job.gate_up, weights + in_block, hidden_groups, tiles, count, planes,
-                            encoded, up, job.prefetch_bytes);
+                            for_up, up, job.prefetch_bytes);
         for (int i = 0; i < count; ++i) {
           const int64_t place = (tiles[i].first - tiles[0].first) * planes * kBlockRows;
           uint8_t* mid = job.mid_encoded + tiles[i].first * mid_token_bytes;
@@ -117,7 +150,7 @@ static void down(const MoeJob& job, ThreadPool& pool) {
           multiply<S, Format>(*job.down, expert.down + b * mid_block, mid_groups, tiles, count,
                               planes, encoded, c, job.prefetch_bytes);
           typename S::F bias[Rows32<S>::kVectors];
-          load_bias<S>(expert.down_bias, b, hidden, bias);
+          load_bias<S>(expert.down_bias, nullptr, b, hidden, bias);
           for (int i = 0; i < count; ++i) {
             const float* from = c + (tiles[i].first - tiles[0].first) * planes * kBlockRows;
             for (int32_t t = 0; t < tiles[i].tokens; ++t, from += kBlockRows) {

@@ -28,6 +28,16 @@ struct Rows32 {
     }
   }
 
+  // The same of columns in any order: [column, column + count) of those listed.
+  static KT_INLINE void load_listed(const ConstRows& m, int64_t row, const int32_t* columns,
+                                    int64_t count, F* v) {
+    if (m.dtype == DType::f32) {
+      gather<float>(m, row, columns, count, v);
+    } else {
+      gather<uint16_t>(m, row, columns, count, v);
+    }
+  }
+
   // Writes the first `count` (1 to 32) of 32 values.
   static KT_INLINE void store(const Rows& m, int64_t row, int64_t column, int64_t count,
                               const F* v) {
@@ -52,6 +62,15 @@ struct Rows32 {
   }
 
  private:
+  template <class T>
+  static KT_INLINE void gather(const ConstRows& m, int64_t row, const int32_t* columns,
+                               int64_t count, F* v) {
+    const T* from = static_cast<const T*>(m.data) + row * m.stride;
+    T values[kGroup];
+    for (int64_t i = 0; i < count; ++i) values[i] = from[columns[i]];
+    load({values, kGroup, m.dtype}, 0, 0, count, v);
+  }
+
   template <class T>
   static KT_INLINE const T* padded(const T* p, int64_t count, T* tail) {
     std::memset(tail, 0, kGroup * sizeof(T));

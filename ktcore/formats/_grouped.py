@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ktcore.formats._packing import ceil_div, column_weights, groups, spread, total, wide
-from ktcore.formats.base import Codes, Format, Parts, Shape
+from ktcore.formats.base import BlockCodes, Codes, Format, Parts, Shape
 from ktcore.formats.integer import Int4Group32, search_symmetric
 
 # Weights that are all below this are stored as zeros: the reciprocal of their scale would leave the
@@ -27,13 +27,13 @@ class Grouped:
     """A weight [..., O, I] in the terms that all these formats share.
 
     Attributes:
-        codes: uint8 [..., O, I], unsigned.
+        codes: uint8 [..., O, I], unsigned, or as the file has them.
         scales: [..., O, G], of the format's type.
         zeros: int16 [..., O, G], unsigned as the codes are; None: half of their range.
         g_idx: int32 [..., I], the group of each column; None: neighbours share one.
     """
 
-    codes: Tensor
+    codes: Tensor | BlockCodes
     scales: Tensor
     zeros: Tensor | None = None
     g_idx: Tensor | None = None
@@ -81,8 +81,8 @@ class GroupedInteger(Format):
         self.bits = code_bits + (per_group / group_size if group_size else 0.0)
 
     @abc.abstractmethod
-    def unpack(self, parts: Parts, shape: Shape) -> Grouped:
-        """Parts in the shared terms."""
+    def unpack(self, parts: Parts, shape: Shape, *, blocks: bool = False) -> Grouped:
+        """Parts in the shared terms; with `blocks`, codes may be left as the file has them."""
 
     @abc.abstractmethod
     def pack(self, grouped: Grouped) -> Parts:
@@ -116,7 +116,7 @@ class GroupedInteger(Format):
         Raises:
             ValueError: act-order groups that are not all of group_size columns (the last excepted).
         """
-        grouped = self.unpack(parts, shape)
+        grouped = self.unpack(parts, shape, blocks=blocks and not self.act_order)
         half = 1 << (self.code_bits - 1)
         scales, offsets, inner_offsets = grouped.scales.to(torch.float32), None, None
         if grouped.zeros is not None and self._zeros_are_bytes:
@@ -126,7 +126,7 @@ class GroupedInteger(Format):
         q, columns, size = grouped.codes, None, self._size(shape[-1])
         if grouped.g_idx is not None:
             columns = grouped.g_idx.sort(dim=-1, stable=True).indices
-            place = torch.arange(shape[-1], device=q.device) // size
+            place = torch.arange(shape[-1], device=columns.device) // size
             if not bool((grouped.g_idx.gather(-1, columns) == place).all()):
                 raise ValueError(
                     f"g_idx: {self.name} needs groups of {size} columns each, in any order; these "

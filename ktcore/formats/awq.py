@@ -60,7 +60,7 @@ class Awq(Calibrated):
             "scales": ((*lead, count, rows), self.scale_dtype),
         }
 
-    def unpack(self, parts: Parts, shape: Shape) -> Grouped:
+    def unpack(self, parts: Parts, shape: Shape, *, blocks: bool = False) -> Grouped:
         zeros = _unpack_rows(parts["qzeros"], shape[-2]).to(torch.int16)
         codes = _unpack_rows(parts["qweight"], shape[-2])
         return Grouped(codes, parts["scales"].mT, zeros)

@@ -11,6 +11,7 @@ import torch
 from ktcore.formats._grouped import Grouped, GroupedInteger
 from ktcore.formats._packing import pack, unpack, words
 from ktcore.formats.base import Parts, Shape
+from ktcore.formats.integer import nibbles
 
 
 class Int8Group(GroupedInteger):
@@ -39,7 +40,7 @@ class Int8Group(GroupedInteger):
             specs["zero_points"] = (size, torch.int8)
         return specs
 
-    def unpack(self, parts: Parts, shape: Shape) -> Grouped:
+    def unpack(self, parts: Parts, shape: Shape, *, blocks: bool = False) -> Grouped:
         zeros = None if self.symmetric else parts["zero_points"].to(torch.int16) + 128
         return Grouped(parts["data"].view(torch.uint8) ^ 128, parts["scales"], zeros)
 
@@ -97,12 +98,16 @@ class PackedInteger(GroupedInteger):
             specs["weight_g_idx"] = ((*lead, columns), torch.int32)
         return specs
 
-    def unpack(self, parts: Parts, shape: Shape) -> Grouped:
+    def unpack(self, parts: Parts, shape: Shape, *, blocks: bool = False) -> Grouped:
         zeros = None
         if not self.symmetric:
             packed = parts["weight_zero_point"].mT
             zeros = unpack(packed, self.code_bits, shape[-2]).mT.to(torch.int16)
-        codes = unpack(parts["weight_packed"], self.code_bits, shape[-1])
+        packed = parts["weight_packed"]
+        if blocks and self.code_bits == 4 and shape[-1] % 32 == 0 and packed.is_contiguous():
+            codes = nibbles(packed.view(torch.uint8))
+        else:
+            codes = unpack(packed, self.code_bits, shape[-1])
         return Grouped(codes, parts["weight_scale"], zeros, parts.get("weight_g_idx"))
 
     def pack(self, grouped: Grouped) -> Parts:

@@ -62,7 +62,7 @@ class Gptq(Calibrated):
             specs["g_idx"] = ((*lead, columns), torch.int32)
         return specs
 
-    def unpack(self, parts: Parts, shape: Shape) -> Grouped:
+    def unpack(self, parts: Parts, shape: Shape, *, blocks: bool = False) -> Grouped:
         zeros = None if self.symmetric else self.zeros(parts["qzeros"], shape[-2])
         codes = unpack(parts["qweight"].mT, self.code_bits, shape[-1])
         return Grouped(codes, parts["scales"].mT, zeros, parts.get("g_idx"))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ktcore.formats._packing import column_weights, total
 from ktcore.formats._packing import groups as group_columns
-from ktcore.formats.base import Codes, Format, Parts, Shape
+from ktcore.formats.base import BlockCodes, Codes, Field, Format, Parts, Shape
 
 # Weights that are all below this are stored as zeros: the reciprocal of their scale would leave the
 # range of float32.
@@ -17,6 +17,11 @@ SMALLEST = 1e-30
 
 # What the bytes of int8 stand for, in their order as unsigned numbers.
 BYTES = torch.arange(256, dtype=torch.uint8).view(torch.int8)
+
+
+def nibbles(data: Tensor) -> BlockCodes:
+    """Codes of 4 bits, two a byte [..., O, I / 2], the first in the low half; 32 divides I."""
+    return BlockCodes(data, (Field(0, 16, 4, 1),), block_size=32, type_size=16)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -172,8 +177,12 @@ class Int4Group32(Format):
 
     def codes(self, parts: Parts, shape: Shape, *, blocks: bool = False) -> Codes:
         data = parts["data"]
+        if blocks and shape[-1] % self.group_size == 0:
+            codes = nibbles(data)
+        else:
+            codes = torch.stack([data & 15, data >> 4], dim=-1).flatten(-2)[..., : shape[-1]]
         return Codes(
-            codes=torch.stack([data & 15, data >> 4], dim=-1).flatten(-2)[..., : shape[-1]],
+            codes=codes,
             levels=torch.arange(-8, 8, dtype=torch.int8),
             scales=parts["scales"].to(torch.float32),
             offsets=None,
