@@ -498,11 +498,17 @@ def test_weights_of_another_dtype(tmp_path):
         load_model(folder)
 
 
+# On the second the package's Rust code panics.
+PREFIXED = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}
+PREFIXED["continuing_subword_prefix"] = "longer than a token"
+
+
 def test_tokenizer_errors(tmp_path):
     folder = copied(tmp_path)
-    (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="not a valid tokenizer"):
-        _ = load_model(folder).tokenizer
+    for content in ({}, {"version": "1.0", "model": PREFIXED}):
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+        with pytest.raises(CheckpointError, match="not a valid tokenizer"):
+            _ = load_model(folder).tokenizer
     (folder / "tokenizer.json").unlink()
     model = load_model(folder)  # token ids do without
     model(torch.tensor([1]))
