@@ -271,7 +271,7 @@ def packed_matrix(weight: QuantTensor) -> object:
 @functools.cache
 def layout() -> Layout:
     """This form of weights, for those who store and restore it."""
-    return Layout(LAYOUT, _identity(), _describe, _restore)
+    return Layout(LAYOUT, _identity, _describe, _restore)
 
 
 def _identity() -> str:

@@ -17,13 +17,13 @@ from ktcore.formats.gguf_blocks import (
     fields,
     half,
     half_bytes,
-    rounded,
     set_half,
     unfields,
     words,
 )
 from ktcore.formats.gguf_grids import grid, signs_of_seven
-from ktcore.formats.gguf_search import Levels, nested_symmetric, symmetric
+from ktcore.formats.gguf_legacy import Q4_0
+from ktcore.formats.gguf_search import Levels, nested_symmetric
 
 # --------------------------------------------------------------------------------- codebooks
 
@@ -205,25 +205,12 @@ NON_LINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 8
 _TARGETS = [*range(-141, -119, 3), *range(101, 126, 3)]
 
 
-class IQ4_NL(BlockFormat):
-    """value = d * level; columns i and i + 16 of 32 share a byte."""
+class IQ4_NL(Q4_0):
+    """value = d * level, laid out as Q4_0 is."""
 
     name = "iq4_nl"
-    block_size = 32
-    type_size = 18
-    group_size = 32
-    code_fields = (Field(2, 16, 4, 16),)
     levels = NON_LINEAR
-    halves = ((0, 1.0),)
-
-    def unpack_scales(self, blocks: Tensor) -> Scales:
-        return Scales(half(blocks, 0))
-
-    def pack(self, x: Tensor, importance: Tensor | None) -> Tensor:
-        levels = Levels(self.levels)
-        d = symmetric(x, levels, _TARGETS, importance)
-        q = levels.encode(x, rounded(d))
-        return torch.cat([half_bytes(d), unfields(q, 4, 16)], -1)
+    targets = _TARGETS
 
 
 class IQ4_XS(BlockFormat):

@@ -50,10 +50,11 @@ class Q4_0(_Legacy):
     type_size = 18
     code_fields = _codes_at(2)
     levels = tuple(range(-8, 8))
+    targets = _symmetric(8)  # what trials map the largest weight to
 
     def pack(self, x: Tensor, importance: Tensor | None) -> Tensor:
         levels = Levels(self.levels)
-        d = symmetric(x, levels, _symmetric(8), importance)
+        d = symmetric(x, levels, self.targets, importance)
         q = levels.encode(x, rounded(d))
         return torch.cat([half_bytes(d), unfields(q, 4, 16)], -1)
 

@@ -12,6 +12,7 @@ same time, or is killed while writing. What a dead process left is known by its 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import mmap
@@ -56,16 +57,21 @@ class Layout:
 
     Attributes:
         name: what `packed` of weights holds them by.
-        identity: changes whenever the same weights could be packed to other bytes.
+        identify: gives `identity`; called when somebody asks for that first.
         describe: what is not in the bytes of packed weights, as plain data for JSON.
         restore: the packed weights of a description and the memory with their bytes, which they
             read and keep alive. Raises ValueError or TypeError if the two do not fit.
     """
 
     name: str
-    identity: str
+    identify: Callable[[], str]
     describe: Callable[[object], dict]
     restore: Callable[[dict, memoryview], object]
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """Changes whenever the same weights could be packed to other bytes."""
+        return self.identify()
 
 
 @dataclass(frozen=True)
