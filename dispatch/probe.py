@@ -26,7 +26,7 @@ PROC = Path("/proc")
 FEATURES = (
     *("sse4_2", "avx", "avx2", "fma", "f16c", "avx_vnni"),
     *("avx512f", "avx512bw", "avx512dq", "avx512vl"),
-    *("avx512_vnni", "avx512_bf16", "avx512_vbmi", "avx512_fp16"),
+    *("avx512_vnni", "avx512_bf16", "avx512vbmi", "avx512_fp16"),
     *("amx_tile", "amx_int8", "amx_bf16", "amx_fp16"),
 )
 

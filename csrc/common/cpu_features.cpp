@@ -73,7 +73,7 @@ std::vector<CpuFeature> detect() {
       {"avx512f", bit(l7, EBX, 16), zmm},     {"avx512bw", bit(l7, EBX, 30), zmm},
       {"avx512dq", bit(l7, EBX, 17), zmm},    {"avx512vl", bit(l7, EBX, 31), zmm},
       {"avx512_vnni", bit(l7, ECX, 11), zmm}, {"avx512_bf16", bit(l71, EAX, 5), zmm},
-      {"avx512_vbmi", bit(l7, ECX, 1), zmm},  {"avx512_fp16", bit(l7, EDX, 23), zmm},
+      {"avx512vbmi", bit(l7, ECX, 1), zmm},   {"avx512_fp16", bit(l7, EDX, 23), zmm},
       {"amx_tile", has_tile, tile},           {"amx_int8", bit(l7, EDX, 25), tile},
       {"amx_bf16", bit(l7, EDX, 22), tile},   {"amx_fp16", bit(l71, EAX, 21), tile},
   };

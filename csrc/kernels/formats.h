@@ -36,6 +36,17 @@ static KT_INLINE int32_t piece_sum(const int32_t* sums, int64_t piece, int r) {
 // pairs, 16 KiB, which leaves the rest of a first-level cache to a tile of activations.
 static constexpr int64_t kPanelGroups = 8;
 
+// What is to come from memory into the second-level cache while a panel is multiplied: so many lines
+// for each group. At once they would hold up the loads of the activations.
+template <class S>
+struct Ahead {
+  const uint8_t* at;
+  int64_t lines;
+  KT_INLINE void step() {
+    for (int64_t line = 0; line < lines; ++line, at += 64) S::prefetch_l2(at);
+  }
+};
+
 // Panels of 16-bit weights, for all integer formats, with kSets sets of scales a group: none, one, or
 // two for 16 columns each.
 template <class S, int kSets>
@@ -51,19 +62,28 @@ struct Int16Panel {
   // Adds groups [first, first + count) of a tile to `out` [R][32].
   template <int R>
   KT_NOINLINE void dot(int64_t first, int64_t count, int64_t groups, const uint8_t* tile,
-                       float* out) const {
+                       float* out, Ahead<S> ahead) const {
     constexpr int V = vectors_at_once<S>(R, S::kIntCells);
     const float* x_scale = Int16Codec<S>::scales(tile, R, groups) + first * R;
     const int32_t* x_sum = Int16Codec<S>::sums(tile, R, groups) + 2 * first * R;
     for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
       const uint8_t* w = weights + v0 * S::kLanes * 4;
       const uint8_t* a = tile + first * kGroup * 2 * R;
+      float* to = out + v0 * S::kLanes;
+      // The sums of all pieces stay in registers too: through memory, they cost half of the time.
+      typename S::F total[V][R];
+      KT_UNROLL
+      for (int v = 0; v < V; ++v) {
+        KT_UNROLL
+        for (int r = 0; r < R; ++r) total[v][r] = S::load(to + r * kBlockRows + v * S::kLanes);
+      }
       for (int64_t piece = 0; piece < count * kPieces; ++piece) {
-        typename S::I acc[V][R];
+        ahead.step();
+        typename S::I sum[V][R];
         KT_UNROLL
         for (int v = 0; v < V; ++v) {
           KT_UNROLL
-          for (int r = 0; r < R; ++r) acc[v][r] = S::zero_i();
+          for (int r = 0; r < R; ++r) sum[v][r] = S::zero_i();
         }
         // Four pairs a round: unrolled further, compilers keep products instead of sums.
         for (int round = 0; round < static_cast<int>(kGroup) / 8 / kPieces; ++round) {
@@ -79,7 +99,7 @@ struct Int16Panel {
             for (int r = 0; r < R; ++r) {
               const typename S::I x = S::broadcast4(a + r * 4);
               KT_UNROLL
-              for (int v = 0; v < V; ++v) acc[v][r] = S::dot_i16(acc[v][r], weight[v], x);
+              for (int v = 0; v < V; ++v) sum[v][r] = S::dot_i16(sum[v][r], weight[v], x);
             }
           }
         }
@@ -92,29 +112,27 @@ struct Int16Panel {
             if constexpr (kSets > 0) {
               scale = S::mul(S::load(scales + piece * kBlockRows + (v0 + v) * S::kLanes), xs);
             }
-            float* to = out + r * kBlockRows + (v0 + v) * S::kLanes;
-            S::store(to, S::fma(S::to_f32(acc[v][r]), scale, S::load(to)));
+            total[v][r] = S::fma(S::to_f32(sum[v][r]), scale, total[v][r]);
           }
         }
         if constexpr (kSets > 0) {
-          if (has_offsets) add_offsets<R>(piece, x_scale, x_sum, v0, out);
+          if (!has_offsets) continue;
+          KT_UNROLL
+          for (int r = 0; r < R; ++r) {
+            const auto x = S::set1(x_scale[piece / kPieces * R + r] *
+                                   static_cast<float>(piece_sum<kPieces, R>(x_sum, piece, r)));
+            KT_UNROLL
+            for (int v = 0; v < V; ++v) {
+              const auto offset = S::load(offsets + piece * kBlockRows + (v0 + v) * S::kLanes);
+              total[v][r] = S::fma(offset, x, total[v][r]);
+            }
+          }
         }
       }
-    }
-  }
-
- private:
-  template <int R>
-  KT_INLINE void add_offsets(int64_t piece, const float* x_scale, const int32_t* x_sum, int v0,
-                             float* out) const {
-    constexpr int V = vectors_at_once<S>(R, S::kIntCells);
-    for (int r = 0; r < R; ++r) {
-      const typename S::F x = S::set1(x_scale[piece / kPieces * R + r] *
-                                      static_cast<float>(piece_sum<kPieces, R>(x_sum, piece, r)));
-      for (int v = v0; v < v0 + V; ++v) {
-        float* to = out + r * kBlockRows + v * S::kLanes;
-        const typename S::F offset = S::load(offsets + piece * kBlockRows + v * S::kLanes);
-        S::store(to, S::fma(offset, x, S::load(to)));
+      KT_UNROLL
+      for (int v = 0; v < V; ++v) {
+        KT_UNROLL
+        for (int r = 0; r < R; ++r) S::store(to + r * kBlockRows + v * S::kLanes, total[v][r]);
       }
     }
   }
@@ -588,8 +606,8 @@ struct Floats {
     int64_t piece_groups = kGroups;
 
     template <int R>
-    KT_NOINLINE void dot(int64_t first, int64_t count, int64_t, const uint8_t* tile,
-                         float* out) const {
+    KT_NOINLINE void dot(int64_t first, int64_t count, int64_t, const uint8_t* tile, float* out,
+                         Ahead<S> ahead) const {
       constexpr int V = vectors_at_once<S>(R, S::kFloatCells);
       for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
         const auto* x = reinterpret_cast<const float*>(tile) + first * kGroup * R;
@@ -600,6 +618,7 @@ struct Floats {
           F sum[V][R];
           clear<V, R>(sum);
           for (int64_t pair = 0; pair < columns / 2; ++pair, x += 2 * R) {
+            if (pair % 16 == 0) ahead.step();
             KT_UNROLL
             for (int i = 0; i < 2; ++i, w += kBlockRows) {
               F weight[V];
@@ -816,12 +835,13 @@ static KT_INLINE void dot_block(const WeightLayout& layout, int rows, const uint
   }
 }
 
-template <class Format, int R = Format::kMaxRows>
+template <class S, class Format, int R = Format::kMaxRows>
 static KT_INLINE void dot_panel(int rows, const typename Format::Panel& panel, int64_t first,
-                                int64_t count, int64_t groups, const uint8_t* tile, float* out) {
-  if (rows == R) return panel.template dot<R>(first, count, groups, tile, out);
+                                int64_t count, int64_t groups, const uint8_t* tile, float* out,
+                                const Ahead<S>& ahead) {
+  if (rows == R) return panel.template dot<R>(first, count, groups, tile, out, ahead);
   if constexpr (R > 1) {
-    return dot_panel<Format, R - 1>(rows, panel, first, count, groups, tile, out);
+    return dot_panel<S, Format, R - 1>(rows, panel, first, count, groups, tile, out, ahead);
   }
 }
 
@@ -877,11 +897,10 @@ KT_NOINLINE static void multiply(const WeightLayout& layout, const uint8_t* bloc
       Format::expand(layout, block, groups, first, piece, panel);
       // What the next panel, or the next block, is made of comes from memory meanwhile.
       const uint8_t* next = block + (first + kStep) * layout.group_bytes();
-      const int64_t lines = ceil_div(kStep * layout.group_bytes() / 64, count);
-      for (int i = 0; i < count; ++i) {
-        for (int64_t line = 0; line < lines; ++line, next += 64) S::prefetch_l2(next);
-        dot_panel<Format>(tiles[i].tokens * planes, panel, first, piece, groups, encoded(tiles[i]),
-                          place(tiles[i]));
+      const int64_t lines = ceil_div(layout.group_bytes() / 64, count);
+      for (int i = 0; i < count; ++i, next += kStep * lines * 64) {
+        dot_panel<S, Format>(tiles[i].tokens * planes, panel, first, piece, groups,
+                             encoded(tiles[i]), place(tiles[i]), Ahead<S>{next, lines});
       }
     }
     Format::finish(block, groups, out, rows);
