@@ -37,13 +37,15 @@ static KT_INLINE int32_t piece_sum(const int32_t* sums, int64_t piece, int r) {
 static constexpr int64_t kPanelGroups = 8;
 
 // What is to come from memory into the second-level cache while a panel is multiplied: so many lines
-// for each group. At once they would hold up the loads of the activations.
+// for each group. At once they would hold up the loads of the activations. Processors fetch lines in
+// pairs, so every second one is asked for: each holds a fill buffer until it is there.
 template <class S>
 struct Ahead {
   const uint8_t* at;
   int64_t lines;
   KT_INLINE void step() {
-    for (int64_t line = 0; line < lines; ++line, at += 64) S::prefetch_l2(at);
+    for (int64_t line = 0; line < lines; line += 2) S::prefetch_l2(at + line * 64);
+    at += lines * 64;
   }
 };
 
@@ -897,7 +899,7 @@ KT_NOINLINE static void multiply(const WeightLayout& layout, const uint8_t* bloc
       Format::expand(layout, block, groups, first, piece, panel);
       // What the next panel, or the next block, is made of comes from memory meanwhile.
       const uint8_t* next = block + (first + kStep) * layout.group_bytes();
-      const int64_t lines = ceil_div(layout.group_bytes() / 64, count);
+      const int64_t lines = 2 * ceil_div(layout.group_bytes() / 128, count);
       for (int i = 0; i < count; ++i, next += kStep * lines * 64) {
         dot_panel<S, Format>(tiles[i].tokens * planes, panel, first, piece, groups,
                              encoded(tiles[i]), place(tiles[i]), Ahead<S>{next, lines});
