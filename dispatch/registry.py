@@ -97,7 +97,8 @@ class Backend:
         missing: what this machine lacks to run it; empty if it can.
         implementations: called once, when the backend can run.
         self_check: run once before first use; raises if a result is wrong.
-        evidence: how it has been verified: "run on hardware", "run emulated" or "compiled".
+        evidence: how it has been verified: "run on hardware", "run emulated" or "compiled"; a
+            function where that depends on which of its instruction sets a machine has.
     """
 
     name: str
@@ -106,7 +107,11 @@ class Backend:
     missing: Callable[[Machine], list[str]]
     implementations: Callable[[], list[Implementation]]
     self_check: Callable[[], None] | None = None
-    evidence: str = "compiled"
+    evidence: str | Callable[[Machine], str] = "compiled"
+
+    def evidence_on(self, machine: Machine) -> str:
+        """How that which this machine runs of it has been verified."""
+        return self.evidence if isinstance(self.evidence, str) else self.evidence(machine)
 
 
 @dataclass(frozen=True)

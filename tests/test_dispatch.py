@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from importlib import metadata
 from types import SimpleNamespace
 
@@ -772,3 +774,15 @@ def test_backends_that_run_here_agree(format):
     for name, result in results.items():
         error = (result - results["reference"]).norm() / results["reference"].norm()
         assert error <= weight.format.tolerance, name
+
+
+@needs_extension
+def test_every_instruction_set_says_how_it_was_verified():
+    rungs = {"run on hardware", "run emulated", "compiled"}
+    for isa in _native.ext.isas():
+        module = importlib.import_module(f"ktcore.backends.{isa['backend']}")
+        assert module.EVIDENCE[isa["name"]] in rungs
+    for backend in registry.backends().values():
+        assert backend.evidence_on(probe.machine()) in rungs
+    bare = replace(probe.machine(), cpu=replace(probe.machine().cpu, features={}))
+    assert registry.backends()["avx512"].evidence_on(bare) == "run on hardware"

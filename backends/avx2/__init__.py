@@ -8,6 +8,9 @@ from __future__ import annotations
 from ktcore.dispatch.machine import Machine
 from ktcore.dispatch.registry import Backend, Implementation
 
+# How each instruction set has been verified.
+EVIDENCE = {"avx2": "run on hardware", "avx2_vnni": "compiled"}
+
 
 def _missing(machine: Machine) -> list[str]:
     from ktcore.backends.native.operators import missing
@@ -27,6 +30,12 @@ def _self_check() -> None:
     self_check("avx2")
 
 
+def _evidence(machine: Machine) -> str:
+    from ktcore.backends.native.operators import evidence
+
+    return evidence("avx2", EVIDENCE, machine)
+
+
 BACKEND = Backend(
     name="avx2",
     description="x86 processors with AVX2, FMA and F16C; AVX-VNNI where present",
@@ -34,5 +43,5 @@ BACKEND = Backend(
     missing=_missing,
     implementations=_implementations,
     self_check=_self_check,
-    evidence="run on hardware",
+    evidence=_evidence,
 )

@@ -8,6 +8,13 @@ from __future__ import annotations
 from ktcore.dispatch.machine import Machine
 from ktcore.dispatch.registry import Backend, Implementation
 
+# How each instruction set has been verified.
+EVIDENCE = {
+    "avx512": "run on hardware",
+    "avx512_vnni": "run on hardware",
+    "avx512_bf16": "run emulated",
+}
+
 
 def _missing(machine: Machine) -> list[str]:
     from ktcore.backends.native.operators import missing
@@ -27,6 +34,12 @@ def _self_check() -> None:
     self_check("avx512")
 
 
+def _evidence(machine: Machine) -> str:
+    from ktcore.backends.native.operators import evidence
+
+    return evidence("avx512", EVIDENCE, machine)
+
+
 BACKEND = Backend(
     name="avx512",
     description="x86 processors with AVX-512 (F, BW, DQ, VL); VNNI and BF16 where present",
@@ -34,5 +47,5 @@ BACKEND = Backend(
     missing=_missing,
     implementations=_implementations,
     self_check=_self_check,
-    evidence="run emulated",
+    evidence=_evidence,
 )

@@ -54,6 +54,12 @@ def instruction_set(backend: str, machine: Machine) -> str:
     return best[-1]
 
 
+def evidence(backend: str, rungs: dict[str, str], machine: Machine) -> str:
+    """How that instruction set has been verified which a machine runs; the least, if none."""
+    runs = not missing(backend, machine)
+    return rungs[instruction_set(backend, machine) if runs else next(iter(rungs))]
+
+
 def _kind(format: str | None) -> str:
     """The dot product that a format's kernels use."""
     return "bf16" if format == "bf16" else "int8"

@@ -7,12 +7,15 @@
 #include <string>
 #include <vector>
 
+#include "common/cpu_features.h"
 #include "common/thread_pool.h"
 
 namespace ktcore {
 namespace {
 
-std::atomic<int64_t> g_prefetch{1024};
+// How far ahead of its loads a thread asks for the weights of a decode step. Intel's cores gain from
+// more (Ice Lake, int4 and int8, two threads: 64 to 70 % of the read bandwidth instead of 60 to 66 %).
+std::atomic<int64_t> g_prefetch{cpu_is_intel() ? 4096 : 1024};
 
 // Hands out aligned pieces of one block. Laid out twice: once over nothing, to learn the size.
 class Arena {

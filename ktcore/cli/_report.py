@@ -56,7 +56,7 @@ def report(machine: Machine, required: Iterable[str] = ()) -> dict[str, Any]:
         "machine": _machine(machine),
         "threads": {"usable": _native.available_threads(), "compute": _native.get_num_threads()},
         "instruction_sets": _instruction_sets(machine.cpu),
-        "backends": [_backend(b, seen) for b in registry.backends().values()],
+        "backends": [_backend(b, machine, seen) for b in registry.backends().values()],
         "import_failures": registry.import_failures(),
         "forced": forced,
         "serves": serves,
@@ -149,7 +149,9 @@ def _instruction_sets(cpu: Cpu) -> list[dict[str, Any]]:
 
 
 def _backend(
-    backend: registry.Backend, seen: dict[str, list[tuple[dict, registry.Candidate]]]
+    backend: registry.Backend,
+    machine: Machine,
+    seen: dict[str, list[tuple[dict, registry.Candidate]]],
 ) -> dict[str, Any]:
     mine = seen.get(backend.name, [])
     passed_over: dict[str, list] = {}
@@ -162,7 +164,7 @@ def _backend(
     return {
         "name": backend.name,
         "description": backend.description,
-        "evidence": backend.evidence,
+        "evidence": backend.evidence_on(machine),
         "rank": backend.rank,
         "reason": registry.why_not(backend.name),
         "variants": sorted({c.detail for _, c in mine if c.detail}),

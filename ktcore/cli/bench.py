@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ktcore.cli._options import size_option
+
 if TYPE_CHECKING:
     from ktcore.bench.measure import Bench, Progress
 
@@ -96,38 +98,10 @@ def command(
         Path | None,
         typer.Option("--plot", metavar="FILE.png", help="Draw a roofline of the results."),
     ] = None,
-    hidden_size: Annotated[
-        int | None,
-        typer.Option(
-            "--hidden-size", metavar="N", min=1, help="Hidden size.", rich_help_panel=_SIZES
-        ),
-    ] = None,
-    intermediate_size: Annotated[
-        int | None,
-        typer.Option(
-            "--intermediate-size",
-            metavar="N",
-            min=1,
-            help="An expert's intermediate size.",
-            rich_help_panel=_SIZES,
-        ),
-    ] = None,
-    num_experts: Annotated[
-        int | None,
-        typer.Option(
-            "--num-experts",
-            metavar="N",
-            min=1,
-            help="Experts of the layer.",
-            rich_help_panel=_SIZES,
-        ),
-    ] = None,
-    top_k: Annotated[
-        int | None,
-        typer.Option(
-            "--top-k", metavar="N", min=1, help="Experts of a token.", rich_help_panel=_SIZES
-        ),
-    ] = None,
+    hidden_size: Annotated[int | None, size_option("--hidden-size", _SIZES)] = None,
+    intermediate_size: Annotated[int | None, size_option("--intermediate-size", _SIZES)] = None,
+    num_experts: Annotated[int | None, size_option("--num-experts", _SIZES)] = None,
+    top_k: Annotated[int | None, size_option("--top-k", _SIZES)] = None,
 ) -> None:
     """Compare backends, formats and token counts, beside the machine's own limits.
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ktcore.cli._options import json_option
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -28,9 +30,7 @@ def command(
     verify: Annotated[
         bool, typer.Option("--verify", help="Read all their bytes, to see whether one is damaged.")
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object, nothing else.")
-    ] = False,
+    as_json: Annotated[bool, json_option()] = False,
 ) -> None:
     """List the packed weights that `ktcore run --cache` keeps on disk.
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ktcore.cli._options import json_option
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -126,12 +128,7 @@ def command(
             rich_help_panel=_OUTPUT,
         ),
     ] = True,
-    as_json: Annotated[
-        bool,
-        typer.Option(
-            "--json", help="Print one JSON object, nothing else.", rich_help_panel=_OUTPUT
-        ),
-    ] = False,
+    as_json: Annotated[bool, json_option(_OUTPUT)] = False,
 ) -> None:
     """Convert a model to another type of weights.
 

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from ktcore.cli._options import size_option
+
 _CALL = "The call that --explain judges"
 
 
@@ -60,38 +62,10 @@ def command(
         int | None,
         typer.Option("--tokens", metavar="N", min=1, help="Tokens (1).", rich_help_panel=_CALL),
     ] = None,
-    hidden_size: Annotated[
-        int | None,
-        typer.Option(
-            "--hidden-size", metavar="N", min=1, help="Hidden size (2048).", rich_help_panel=_CALL
-        ),
-    ] = None,
-    intermediate_size: Annotated[
-        int | None,
-        typer.Option(
-            "--intermediate-size",
-            metavar="N",
-            min=1,
-            help="An expert's intermediate size (768).",
-            rich_help_panel=_CALL,
-        ),
-    ] = None,
-    num_experts: Annotated[
-        int | None,
-        typer.Option(
-            "--num-experts",
-            metavar="N",
-            min=1,
-            help="Experts of the layer (128).",
-            rich_help_panel=_CALL,
-        ),
-    ] = None,
-    top_k: Annotated[
-        int | None,
-        typer.Option(
-            "--top-k", metavar="N", min=1, help="Experts of a token (8).", rich_help_panel=_CALL
-        ),
-    ] = None,
+    hidden_size: Annotated[int | None, size_option("--hidden-size", _CALL, 2048)] = None,
+    intermediate_size: Annotated[int | None, size_option("--intermediate-size", _CALL, 768)] = None,
+    num_experts: Annotated[int | None, size_option("--num-experts", _CALL, 128)] = None,
+    top_k: Annotated[int | None, size_option("--top-k", _CALL, 8)] = None,
     device: Annotated[
         str | None,
         typer.Option(

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ktcore.cli._options import json_option
+
 if TYPE_CHECKING:
     from ktcore.models import Generation, Model
 
@@ -132,12 +134,7 @@ def command(
             rich_help_panel=_OUTPUT,
         ),
     ] = False,
-    as_json: Annotated[
-        bool,
-        typer.Option(
-            "--json", help="Print one JSON object, nothing else.", rich_help_panel=_OUTPUT
-        ),
-    ] = False,
+    as_json: Annotated[bool, json_option(_OUTPUT)] = False,
 ) -> None:
     """Let a model continue a text.
 
