@@ -60,9 +60,9 @@ def evidence(backend: str, rungs: dict[str, str], machine: Machine) -> str:
     return rungs[instruction_set(backend, machine) if runs else next(iter(rungs))]
 
 
-def _kind(format: str | None) -> str:
+def _kind(format: str) -> str:
     """The dot product that a format's kernels use."""
-    return "bf16" if format == "bf16" else "int8"
+    return "bf16" if get_format(format).arithmetic == "bf16" else "int8"
 
 
 def _seconds(

@@ -92,7 +92,7 @@ class MxFp4(Format):
     name = "mxfp4"
     bits = 4.25
     group_size = 32
-    arithmetic = "bf16"
+    arithmetic = "int16"
     tolerance = 0.004
 
     def part_specs(self, shape: Shape) -> dict[str, tuple[Shape, torch.dtype]]:
@@ -179,7 +179,7 @@ class NvFp4(Format):
 
     bits = 4.5
     group_size = 16
-    arithmetic = "bf16"
+    arithmetic = "int16"
     tolerance = 0.004
     by_rows = False
 
