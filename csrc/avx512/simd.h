@@ -138,7 +138,9 @@ struct Simd {
     }
   }
 
-  // ---- dot products of two 16-bit weights with two 16-bit activations, per 32-bit lane
+  // ---- dot products of two 16-bit weights with two 16-bit activations, per 32-bit lane;
+  // dot_u8, of four unsigned bytes with four signed ones, is the fastest the unit does, for
+  // measuring it.
 #if defined(KTCORE_VNNI)
 #if defined(KT_ASM)
   // As intrinsics, GCC copies a third of the sums from register to register.
@@ -152,7 +154,6 @@ struct Simd {
   }
 #else
   static KT_INLINE I dot_i16(I acc, I w, I a) { return _mm512_dpwssd_epi32(acc, w, a); }
-  // Four unsigned bytes with four signed ones: the fastest the unit does, for measuring it.
   static KT_INLINE I dot_u8(I acc, I w, I a) { return _mm512_dpbusd_epi32(acc, w, a); }
 #endif
 #else

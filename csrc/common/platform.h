@@ -24,7 +24,7 @@
 // Has a vector that several operations use loaded into a register once: compilers like to fold the
 // load into each of them, which binds a loop to its load ports.
 #if defined(__GNUC__) && !defined(KTCORE_EMULATE_AVX512)
-#define KT_ASM
+#define KT_ASM  // vector instructions may be written as assembly
 #define KT_IN_REGISTER(v) __asm__("" : "+v"(v))
 #else
 #define KT_IN_REGISTER(v) (void)(v)
