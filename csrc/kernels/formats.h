@@ -80,7 +80,7 @@ struct Int16Panel {
         for (int r = 0; r < R; ++r) total[v][r] = S::load(to + r * kBlockRows + v * S::kLanes);
       }
       for (int64_t piece = 0; piece < count * kPieces; ++piece) {
-        ahead.step();
+        if (v0 == 0 && piece % kPieces == 0) ahead.step();
         typename S::I sum[V][R];
         KT_UNROLL
         for (int v = 0; v < V; ++v) {
@@ -620,7 +620,7 @@ struct Floats {
           F sum[V][R];
           clear<V, R>(sum);
           for (int64_t pair = 0; pair < columns / 2; ++pair, x += 2 * R) {
-            if (pair % 16 == 0) ahead.step();
+            if (v0 == 0 && pair % 16 == 0) ahead.step();
             KT_UNROLL
             for (int i = 0; i < 2; ++i, w += kBlockRows) {
               F weight[V];
