@@ -23,8 +23,8 @@ def checks(python, options):
     if options:
         return {"pytest": tests}
     clang_format = os.path.join(os.path.dirname(python), "clang-format")
-    csrc = _environment.ROOT / "csrc"
-    sources = sorted(str(path) for path in csrc.rglob("*") if path.suffix in CPP)
+    found = (path for name in ("csrc", "ci") for path in (_environment.ROOT / name).rglob("*"))
+    sources = sorted(str(path) for path in found if path.suffix in CPP)
     return {
         "ruff check": module + ["ruff", "check", "."],
         "ruff format": module + ["ruff", "format", "--check", "."],

@@ -266,8 +266,6 @@ def test_the_check_accepts_what_is_right_and_sees_one_wrong_token(op, format, to
     tolerance = made.format.tolerance
     assert check.problem(got, tolerance) == ""
     assert check.error(got) < 0.003  # of rounding to bf16
-    if format == "bf16":
-        assert check.problem(made.run_torch(made.weights[0], check.call), 0.02) == ""
     got[-1] *= 1.1
     assert "off by" in check.problem(got, tolerance) or "error" in check.problem(got, tolerance)
 
@@ -276,7 +274,7 @@ def test_the_check_accepts_what_is_right_and_sees_one_wrong_token(op, format, to
 
 
 def test_every_combination_becomes_a_cell_and_none_stays_pending():
-    bench = Bench(tiny(compare_torch=True))
+    bench = Bench(tiny(peers=("torch",)))
     bench.run()
     expected = set(itertools.product(BACKENDS, FORMATS, (1, 5))) | {("torch", "bf16", 1)}
     expected.add(("torch", "bf16", 5))

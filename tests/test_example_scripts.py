@@ -1,4 +1,4 @@
-"""examples/perplexity_table.py and examples/random_model.py."""
+"""The scripts in examples/ that have no test file of their own."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import pytest
 import torch
 from gguf_models import embedded_metadata, embedded_tensors, package, write_gguf
 
+from ktcore.bench import report
+from ktcore.bench.measure import Bench, Settings
 from ktcore.bench.presets import Shape
 from ktcore.formats import get_format
 from ktcore.models import generate, load_model
@@ -32,6 +34,7 @@ def script(name: str) -> ModuleType:
 
 
 perplexity_table, random_model = script("perplexity_table"), script("random_model")
+peer_table, activation_bits = script("peer_table"), script("activation_bits")
 
 # -------------------------------------------------------------------------------- perplexity table
 
@@ -165,3 +168,36 @@ def test_what_does_not_fit_is_refused_beforehand(small, tmp_path, monkeypatch):
     with pytest.raises(random_model.Refused, match=r"0\.0 GB are free"):
         random_model.write_folder(tmp_path / "m", SMALL, 2, silent)
     assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------ tables of others
+
+
+def test_the_table_of_peers_says_what_a_benchmark_found(tmp_path):
+    settings = Settings(
+        Shape(64, 32, 8, 2), tokens=(1, 5), seconds=20, backends=("reference",),
+        formats=("bf16", "int8"), peers=("torch",),
+    )  # fmt: skip
+    bench = Bench(settings)
+    bench.run()
+    run = json.loads(json.dumps(report.to_dict(bench, None)))
+    text = "\n".join(peer_table.section(tmp_path / "peers-here.json", run))
+    cells = {c.format: c for c in bench.cells if c.backend == "reference" and c.tokens == 5}
+    for format, cell in cells.items():
+        ms = peer_table.number(sorted(r.ms for r in cell.rounds)[len(cell.rounds) // 2])
+        assert f"| `{format}` | 5 | {ms} |" in text
+    (first, second) = report.leads(bench.cells)
+    assert f" {first.ratio:.2f} |" in text and f" {second.ratio:.2f} |" in text
+    assert "benchmarks/peers-here.png" in text
+    peer_table.plot(tmp_path / "peers-here.png", run)
+    assert (tmp_path / "peers-here.png").stat().st_size > 1000
+
+
+def test_sixteen_bits_cost_what_the_numeric_contract_calls_exact():
+    g = torch.Generator().manual_seed(1)
+    shapes = ((4, 64), (32, 64), (32, 64), (64, 32))
+    found = activation_bits.errors(
+        *(torch.randn(shape, generator=g, dtype=torch.float64) for shape in shapes)
+    )
+    assert found["16 bits, groups of 32"] < 5e-4 < found["8 bits centred, groups of 16"]
+    assert found["8 bits centred, groups of 16"] < found["8 bits, groups of 32"]

@@ -10,13 +10,13 @@ import contextlib
 import os
 import random
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from ktcore import _native
+from ktcore.bench.peers import Session, Timed, peers, timed
 from ktcore.bench.plan import Plan, Storage, layer_bytes, make_plan, rotation_bytes
 from ktcore.bench.presets import Shape
 from ktcore.bench.workload import Call, Weights, Workload, make_workload
@@ -24,12 +24,12 @@ from ktcore.dispatch import probe, registry
 from ktcore.formats import get_format
 
 OPS = ("moe", "linear")
-TORCH = "torch"  # the baseline: plain PyTorch in bf16, not a backend
-BASELINE_FORMAT = "bf16"
 ROUNDS = 5
 MAX_CALLS = 1000  # of a cell in a round
 # A cell whose call is estimated to take this many times a cell's seconds is not even tried.
 HOPELESS = 2
+# A peer whose result is off by more computes something else.
+ANOTHER = 0.1
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Settings:
         seconds: time that a cell may take, over all rounds.
         skew: exponent of the Zipf distribution of routing, 0 for even routing.
         experts: how many experts to materialise; None for all, or as many as fit.
-        compare_torch: measure plain PyTorch as well.
+        peers: names of other implementations to measure as well.
     """
 
     shape: Shape
@@ -54,7 +54,7 @@ class Settings:
     seed: int = 0
     skew: float = 0.0
     experts: int | None = None
-    compare_torch: bool = False
+    peers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,8 @@ class Cell:
     """One combination.
 
     Attributes:
+        backend: its name, or a peer's.
+        is_peer: whether it is a peer's.
         isa: instruction set whose dot-product peak it is held against; "" if there is none.
         kind: of dot product.
         status: "pending", then "measured", "skipped" or "failed", the latter two with a `reason`.
@@ -116,6 +118,7 @@ class Cell:
     seconds: float = 0.0
     read_ratio: float | None = None
     rounds: list[Round] = field(default_factory=list)
+    is_peer: bool = False
 
     def __str__(self) -> str:
         return f"{self.backend} {self.format}, {self.tokens} token{'s' * (self.tokens > 1)}"
@@ -156,6 +159,11 @@ def best_isa() -> str:
     return usable[-1] if usable else ""
 
 
+def peak_kind(format: str) -> str:
+    """Of dot products that a format's arithmetic is held against."""
+    return "bf16" if get_format(format).arithmetic == "bf16" else "int8"
+
+
 class Bench:
     """A benchmark: made, then `run` once.
 
@@ -169,7 +177,8 @@ class Bench:
         load_average: of the last minute before, None where the system does not tell.
 
     Raises:
-        BackendUnavailable: a backend that was asked for cannot run here, or none can.
+        BackendUnavailable: a backend that was asked for cannot run here, or none can; a peer that
+            was asked for lacks something.
         ValueError: an argument does not fit; the message names it.
     """
 
@@ -181,6 +190,7 @@ class Bench:
             formats=tuple(dict.fromkeys(get_format(f).name for f in settings.formats)),
             tokens=tuple(dict.fromkeys(settings.tokens)),
             backends=self._backends(settings),
+            peers=self._peers(settings),
         )
         self.notes: list[str] = []
         self.load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
@@ -188,6 +198,7 @@ class Bench:
         self.limits: list[Limits] = []
         self.cells = self._cells()
         self._workloads: dict[str, Workload] = {}
+        self._sessions: dict[tuple[str, str], Session] = {}  # by peer and format
 
     def _backends(self, settings: Settings) -> tuple[str, ...]:
         if settings.backends:
@@ -204,6 +215,17 @@ class Bench:
                 self.passed_over[name] = reason or f"does not implement {settings.op}"
         return tuple(able)
 
+    @staticmethod
+    def _peers(settings: Settings) -> tuple[str, ...]:
+        for name in settings.peers:
+            if name not in peers():
+                raise ValueError(f"peers: there is no {name!r}; there are: {', '.join(peers())}")
+            if why := peers()[name].missing():
+                raise registry.BackendUnavailable(f"{name}: {why}")
+            if settings.op not in peers()[name].ops:
+                raise ValueError(f"peers: {name} has no {settings.op}")
+        return tuple(dict.fromkeys(settings.peers))
+
     def _cells(self) -> list[Cell]:
         s = self.settings
         cells = [
@@ -212,18 +234,22 @@ class Bench:
             for backend in s.backends
             for tokens in s.tokens
         ]
-        if s.compare_torch:
-            cells += [Cell(TORCH, BASELINE_FORMAT, n, best_isa(), "bf16") for n in s.tokens]
-        return cells
+        return cells + [
+            Cell(name, format, tokens, best_isa(), peak_kind(format), is_peer=True)
+            for format in s.formats
+            for name in s.peers
+            for tokens in s.tokens
+            if format in peers()[name].formats
+        ]
 
     def _cell(self, backend: str, format: str, tokens: int) -> Cell:
         """A cell, skipped if the backend does not serve it or would take minutes."""
         s, machine = self.settings, probe.machine()
         mine = [i for i in registry.implementations(backend) if i.op == s.op]
-        kind = "bf16" if get_format(format).arithmetic == "bf16" else "int8"
         known = {isa["name"] for isa in (_native.ext.isas() if _native.ext is not None else ())}
         detail = mine[0].detail(machine) if mine else ""
-        cell = Cell(backend, format, tokens, detail if detail in known else best_isa(), kind)
+        isa = detail if detail in known else best_isa()
+        cell = Cell(backend, format, tokens, isa, peak_kind(format))
         request = registry.Request(
             op=s.op,
             format=format,
@@ -260,13 +286,19 @@ class Bench:
             DoesNotFit: the weights take more than half of the available memory.
         """
         with use_threads(self.settings.threads), torch.inference_mode():
-            # Copying needs no second thread of torch's, and such threads wait badly for a busy CPU.
-            torch.set_num_threads(1)
-            self._prepare(progress)
-            torch.set_num_threads(self.settings.threads)
-            self._check_cells(progress)
-            self._rounds(progress)
-        self._workloads.clear()
+            try:
+                # Copying needs no second thread of torch's, and such threads wait badly for a busy
+                # CPU.
+                torch.set_num_threads(1)
+                self._prepare(progress)
+                torch.set_num_threads(self.settings.threads)
+                self._check_cells(progress)
+                self._rounds(progress)
+            finally:
+                for session in self._sessions.values():
+                    session.close()
+                self._sessions.clear()
+                self._workloads.clear()
 
     def _active(self) -> list[Cell]:
         return [cell for cell in self.cells if cell.status == "pending"]
@@ -277,9 +309,12 @@ class Bench:
         storage: dict[str, Storage] = {}
         packers: dict[str, dict[str, set[str]]] = {}
         for name in dict.fromkeys(cell.format for cell in self._active()):
-            users = dict.fromkeys(c.backend for c in self._active() if c.format == name)
+            cells = [c for c in self._active() if c.format == name]
+            users = dict.fromkeys(c.backend for c in cells if not c.is_peer)
+            copies = len({c.backend for c in cells if c.is_peer})
             trial = make_workload(s.op, s.shape, name, s.seed, s.skew)
-            storage[name], packers[name] = self._storage(trial, list(users))
+            kind, packers[name] = self._storage(trial, list(users))
+            storage[name] = replace(kind, peers=copies)
         self.plan = self._plan(storage)
         shape = replace(s.shape, num_experts=self.plan.experts) if s.op == "moe" else s.shape
         for done, (name, kind) in enumerate(storage.items()):
@@ -287,22 +322,50 @@ class Bench:
             progress(f"making weights: {name}", done, len(storage))
             workload = make_workload(s.op, shape, name, s.seed, s.skew)
 
-            def pack(weights: Weights, call: Call, name=name, workload=workload) -> None:
+            sessions = self._open(name, shape)
+
+            def pack(
+                weights: Weights, call: Call, name=name, workload=workload, sessions=sessions
+            ) -> None:
+                for peer, session in sessions.items():
+                    try:
+                        session.add(weights)
+                    except Exception as error:
+                        self._fail_all(peer, name, error)
                 for backend, layouts in packers[name].items():
-                    cells = [c for c in self._active() if (c.backend, c.format) == (backend, name)]
                     try:
                         with registry.use(backend):
                             workload.run(weights, call)
                     except Exception as error:
-                        for cell in cells:
-                            _fail(cell, error)
+                        self._fail_all(backend, name, error)
                         continue
                     packed = sum(getattr(weights.packed[key], "nbytes", 0) for key in layouts)
-                    for cell in cells if packed else ():
+                    for cell in self._of(backend, name) if packed else ():
                         cell.read_ratio = packed / weights.nbytes
 
             workload.build(layers, pack, release=not kind.stored)
             self._workloads[name] = workload
+
+    def _of(self, backend: str, format: str) -> list[Cell]:
+        return [c for c in self._active() if (c.backend, c.format) == (backend, format)]
+
+    def _fail_all(self, backend: str, format: str, error: Exception) -> None:
+        for cell in self._of(backend, format):
+            _fail(cell, error)
+
+    def _open(self, format: str, shape: Shape) -> dict[str, Session]:
+        """The peers that are to compute in a format, ready to take weights."""
+        opened = {}
+        for name in dict.fromkeys(c.backend for c in self._active() if c.is_peer):
+            if not self._of(name, format):
+                continue
+            try:
+                session = peers()[name].open(get_format(format), shape, self.settings.threads)
+            except Exception as error:
+                self._fail_all(name, format, error)
+                continue
+            self._sessions[name, format] = opened[name] = session
+        return opened
 
     @staticmethod
     def _storage(workload: Workload, users: list[str]) -> tuple[Storage, dict[str, set[str]]]:
@@ -374,9 +437,12 @@ class Bench:
                 _fail(cell, error)
                 continue
             cell.error = check.error(got)
-            # The baseline rounds as PyTorch does: no tolerance was promised for it.
-            if cell.backend != TORCH:
+            # Peers round as they do: no tolerance was promised for them.
+            if not cell.is_peer:
                 cell.wrong = check.problem(got, workload.format.tolerance)
+            elif not cell.error < ANOTHER:
+                _fail(cell, ValueError(f"not the same work: the result is off by {cell.error:.0%}"))
+                continue
             if cell.seconds > limit:
                 _skip(
                     cell,
@@ -384,20 +450,18 @@ class Bench:
                 )
 
     @contextlib.contextmanager
-    def _runner(self, cell: Cell) -> Iterator[Callable[[Call], torch.Tensor]]:
-        """What computes a cell's calls, its backend forced within the block."""
-        workload = self._workloads[cell.format]
-        if cell.backend == TORCH:
-            yield lambda call: workload.run_torch(workload.weights[call.layer], call)
+    def _runner(self, cell: Cell) -> Iterator[Callable[[Call], Timed]]:
+        """What computes and times a cell's calls, its backend forced within the block."""
+        if cell.is_peer:
+            yield self._sessions[cell.backend, cell.format].run
             return
+        workload = self._workloads[cell.format]
         with registry.use(cell.backend):
-            yield lambda call: workload.run(workload.weights[call.layer], call)
+            yield lambda call: timed(lambda: workload.run(workload.weights[call.layer], call))
 
-    def _timed(self, cell: Cell, call: Call) -> tuple[torch.Tensor, float]:
+    def _timed(self, cell: Cell, call: Call) -> Timed:
         with self._runner(cell) as run:
-            start = time.perf_counter()
-            result = run(call)
-            return result, time.perf_counter() - start
+            return run(call)
 
     def _rounds(self, progress: Progress) -> None:
         order = random.Random(self.settings.seed)
@@ -450,15 +514,12 @@ class Bench:
         count = max(1, min(MAX_CALLS, int(share / cell.seconds)))
         workload = self._workloads[cell.format]
         calls = [workload.next_call(cell.tokens) for _ in range(count)]
-        times = []
+        times: list[float] = []
         try:
             with self._runner(cell) as run:
                 if count > 1:  # threads awake, the choice of implementation made
                     run(workload.next_call(cell.tokens))
-                for call in calls:
-                    start = time.perf_counter()
-                    run(call)
-                    times.append(time.perf_counter() - start)
+                times += [run(call)[1] for call in calls]
         except Exception as error:
             _fail(cell, error)
             return None

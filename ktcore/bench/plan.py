@@ -26,14 +26,17 @@ class DoesNotFit(ValueError):
 
 @dataclass(frozen=True)
 class Storage:
-    """In which forms a format's weights stay in memory: as stored, packed by backends, or both."""
+    """In which forms a format's weights stay in memory: as stored, packed by backends, and in how
+    many peers' own forms.
+    """
 
     stored: bool
     packed: bool
+    peers: int = 0
 
     @property
     def copies(self) -> int:
-        return int(self.stored) + int(self.packed)
+        return int(self.stored) + int(self.packed) + self.peers
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,8 @@ def make_plan(
         resident = sum(
             layers[name] * count * unit_bytes(name) * kind.copies for name, kind in storage.items()
         )
-        # While a layer is packed, its stored form exists as well.
-        passing = [unit_bytes(n) for n, k in storage.items() if k.packed and not k.stored]
+        # While a layer is packed or handed over, its stored form exists as well.
+        passing = [unit_bytes(n) for n, k in storage.items() if not k.stored]
         return resident + count * max(passing, default=0)
 
     full = {n: max(1, math.ceil(rotation / (experts * unit_bytes(n)))) for n in storage}

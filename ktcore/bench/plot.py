@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from ktcore.bench.measure import TORCH, Bench, Cell
+from ktcore.bench.measure import Bench, Cell
 from ktcore.bench.report import replacing
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def point(cell: Cell) -> tuple[float, float]:
 
 
 def _points(axes: Axes, cells: list[Cell]) -> None:
-    """Measured points, joined per backend and format in the order of tokens."""
+    """Measured points, joined per backend and format in the order of tokens; peers' are hollow."""
     colours = {f: COLOURS[i % len(COLOURS)] for i, f in enumerate(_seen(c.format for c in cells))}
     markers = {b: MARKERS[i % len(MARKERS)] for i, b in enumerate(_seen(c.backend for c in cells))}
     for backend, format in _seen((c.backend, c.format) for c in cells):
@@ -89,11 +89,11 @@ def _points(axes: Axes, cells: list[Cell]) -> None:
             color=colours[format],
             marker=markers[backend],
             markersize=7,
-            markerfacecolor="white" if backend == TORCH else colours[format],
+            markerfacecolor="white" if mine[0].is_peer else colours[format],
             linewidth=0.8,
             alpha=0.9,
             zorder=3,
-            label=f"plain PyTorch, {format}" if backend == TORCH else f"{backend}, {format}",
+            label=f"{backend}, {format}",
         )
         for cell, at in zip(mine, zip(x, y, strict=True), strict=True):
             axes.annotate(

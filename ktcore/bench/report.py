@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 import platform
@@ -17,6 +18,7 @@ import torch
 
 import ktcore
 from ktcore.bench.measure import Bench, Cell
+from ktcore.bench.peers import peers
 from ktcore.dispatch import probe
 
 if TYPE_CHECKING:
@@ -98,6 +100,43 @@ def _machine() -> dict:
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class Lead:
+    """How far the fastest backend is ahead of the fastest peer: the peer's time over the backend's,
+    each against the same round, in the median.
+    """
+
+    format: str
+    tokens: int
+    backend: str
+    peer: str
+    ratio: float
+
+
+def leads(cells: Iterable[Cell]) -> list[Lead]:
+    """Of every format and token count that both a backend and a peer were measured in."""
+    found: dict[tuple[str, int], list[Cell]] = {}
+    for cell in cells:
+        if cell.rounds:
+            found.setdefault((cell.format, cell.tokens), []).append(cell)
+
+    def ms(cell: Cell) -> float:
+        return statistics.median(r.ms for r in cell.rounds)
+
+    out = []
+    for (format, tokens), both in found.items():
+        theirs = [c for c in both if c.is_peer]
+        own = [c for c in both if not c.is_peer]
+        if not theirs or not own:
+            continue
+        best, peer = min(own, key=ms), min(theirs, key=ms)
+        at = {r.number: r.ms for r in best.rounds}
+        paired = [r.ms / at[r.number] for r in peer.rounds if r.number in at]
+        ratio = statistics.median(paired) if paired else ms(peer) / ms(best)
+        out.append(Lead(format, tokens, best.backend, peer.backend, ratio))
+    return out
+
+
 def to_dict(bench: Bench, model: str | None) -> dict:
     """Everything that a run found out, ready for JSON; docs/benchmarks/README.md explains it.
 
@@ -117,6 +156,7 @@ def to_dict(bench: Bench, model: str | None) -> dict:
             "ktcore": ktcore.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
+            **{name: peers()[name].version() for name in s.peers},
         },
         "settings": {
             "op": s.op,
@@ -133,7 +173,7 @@ def to_dict(bench: Bench, model: str | None) -> dict:
             "seconds": s.seconds,
             "seed": s.seed,
             "skew": s.skew,
-            "compare_torch": s.compare_torch,
+            "peers": list(s.peers),
             "command": ["ktcore", *sys.argv[1:]],
         },
         "materialised": plan
@@ -148,6 +188,7 @@ def to_dict(bench: Bench, model: str | None) -> dict:
             "dot_gops": dot,
         },
         "cells": [_cell(cell) for cell in bench.cells],
+        "ahead": [dataclasses.asdict(lead) for lead in leads(bench.cells)],
         "passed_over": dict(bench.passed_over),
         "notes": list(bench.notes),
     }
@@ -211,6 +252,31 @@ def table(bench: Bench, title: str) -> Table:
     return out
 
 
+def comparison(bench: Bench) -> Table | None:
+    """The best peer's times over ktcore's, by format and tokens; None where none was measured."""
+    from rich import box
+    from rich.table import Table
+
+    known = {(lead.format, lead.tokens): lead for lead in leads(bench.cells)}
+    if not known:
+        return None
+    counts = sorted({tokens for _, tokens in known})
+    out = Table(
+        title="the best peer's time, over ktcore's",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+        pad_edge=False,
+    )
+    out.add_column("format", no_wrap=True)
+    for tokens in counts:
+        out.add_column(f"{tokens} token{'s' * (tokens > 1)}", justify="right")
+    for format in dict.fromkeys(format for format, _ in known):
+        row = (known.get((format, tokens)) for tokens in counts)
+        out.add_row(format, *(f"{lead.ratio:.2f} {lead.peer}" if lead else "" for lead in row))
+    return out
+
+
 def _columns(cell: Cell) -> list[str]:
     error = "" if cell.error is None else f"{cell.error:.2%}"
     if cell.wrong:
@@ -259,5 +325,5 @@ def remarks(bench: Bench) -> list[str]:
             out.append(f"{cell.status}: {cell}: {cell.reason}")
         if cell.wrong:
             out.append(f"WRONG: {cell}: {cell.wrong}")
-    out += [f"not run: backend {name}: {why}" for name, why in bench.passed_over.items()]
+    out += [f"not run: {name}: {why}" for name, why in bench.passed_over.items()]
     return out

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ktcore import ops
@@ -207,10 +206,6 @@ class Workload(abc.ABC):
         """The call through the public operator."""
 
     @abc.abstractmethod
-    def run_torch(self, weights: Weights, call: Call) -> Tensor:
-        """The call as a plain bf16 PyTorch model computes it; for bf16 weights."""
-
-    @abc.abstractmethod
     def _oracle(self, weights: Weights, call: Call) -> tuple[Tensor, Tensor]:
         """A call's result in float64 and the scale of each token's error."""
 
@@ -279,18 +274,6 @@ class MoeWorkload(Workload):
         x, ids, topk_weights = call.inputs
         return ops.moe(x, weights, ids, topk_weights)
 
-    def run_torch(self, weights: ExpertWeights, call: Call) -> Tensor:
-        x, ids, topk_weights = call.inputs
-        gate, up, down = (w.parts["data"] for w in (weights.gate, weights.up, weights.down))
-        out = torch.zeros_like(x)
-        for e in ids.unique().tolist():
-            token, slot = (ids == e).nonzero(as_tuple=True)
-            rows = x[token]
-            h = F.silu(F.linear(rows, gate[e])) * F.linear(rows, up[e])
-            y = F.linear(h, down[e]) * topk_weights[token, slot, None]
-            out.index_add_(0, token, y.to(x.dtype))
-        return out
-
     def _oracle(self, weights: ExpertWeights, call: Call) -> tuple[Tensor, Tensor]:
         x, ids, topk_weights = call.inputs
         out = torch.zeros(x.shape, dtype=torch.float64)
@@ -334,9 +317,6 @@ class LinearWorkload(Workload):
 
     def run(self, weights: QuantTensor, call: Call) -> Tensor:
         return ops.linear(*call.inputs, weights)
-
-    def run_torch(self, weights: QuantTensor, call: Call) -> Tensor:
-        return F.linear(*call.inputs, weights.parts["data"])
 
     def _oracle(self, weights: QuantTensor, call: Call) -> tuple[Tensor, Tensor]:
         return oracle.linear(call.inputs[0], weights, None)

@@ -58,8 +58,17 @@ def command(
             "--threads", metavar="N", min=1, help="Threads (all the CPUs that may be used)."
         ),
     ] = None,
-    compare_torch: Annotated[
-        bool, typer.Option("--compare-torch", help="Measure plain PyTorch in bf16 as well.")
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--peer",
+            metavar="NAME",
+            help="Measure this other implementation as well, in those of the formats that it takes "
+            "(torch, llama.cpp, onnxruntime, ...); repeatable.",
+        ),
+    ] = None,
+    all_peers: Annotated[
+        bool, typer.Option("--peers", help="All other implementations that are installed.")
     ] = False,
     seconds: Annotated[
         float,
@@ -112,7 +121,8 @@ def command(
     Examples:
       ktcore bench
       ktcore bench --model deepseek-v3 --format int4 --tokens 1,8,64
-      ktcore bench --compare-torch --json out.json --plot roofline.png
+      ktcore bench --peer torch --json out.json --plot roofline.png
+      ktcore bench --peers --format q4_k --format int4
       ktcore bench --hidden-size 1024 --intermediate-size 512 \\
         --num-experts 32 --top-k 4
       ktcore bench --op linear --model mixtral-8x7b
@@ -140,9 +150,14 @@ def command(
 
     from ktcore import _native
     from ktcore.bench import measure
+    from ktcore.bench.peers import peers
     from ktcore.bench.plan import DoesNotFit
 
     _check_backends(backend or [])
+    absent = {}
+    if all_peers:
+        absent = {name: p.missing() for name, p in peers().items() if p.missing()}
+        peer = [name for name, p in peers().items() if name not in absent and op in p.ops]
     try:
         bench = measure.Bench(
             measure.Settings(
@@ -156,11 +171,12 @@ def command(
                 seed=seed,
                 skew=skew,
                 experts=experts,
-                compare_torch=compare_torch,
+                peers=tuple(peer or ()),
             )
         )
     except ValueError as error:
         raise typer.BadParameter(f"--{error}") from None
+    bench.passed_over |= absent
     try:
         with _progress(bench) as progress:
             bench.run(progress)
@@ -265,10 +281,14 @@ def _show(
     printed = as_json and file is None
     screen = Console(stderr=printed, soft_wrap=True, highlight=False)
     screen.print(report.table(bench, _title(bench, model)))
+    if (comparison := report.comparison(bench)) is not None:
+        screen.print(comparison)
     for line in report.remarks(bench):
         screen.print(line, markup=False)
     problems = [
-        f"{c}: {c.wrong or c.reason}" for c in bench.cells if c.wrong or c.status == "failed"
+        f"{c}: {c.wrong or c.reason}"
+        for c in bench.cells
+        if c.wrong or (c.status == "failed" and not c.is_peer)
     ]
     if as_json:
         text = json.dumps(report.to_dict(bench, model), indent=2, allow_nan=False) + "\n"

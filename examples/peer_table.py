@@ -1,0 +1,194 @@
+#!/usr/bin/env python3
+"""Tables and plots of ktcore beside its peers, from what `ktcore bench --peers --json` wrote.
+
+    python ci/peers.py
+    ktcore bench --peers --json docs/benchmarks/peers-NAME.json ...
+    python examples/peer_table.py
+
+writes docs/peers.md, between its markers, from every docs/benchmarks/peers-*.json, and a plot
+beside each. Needs ktcore[cli] from a checkout.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "examples"))
+
+PAGE = ROOT / "docs" / "peers.md"
+RESULTS = ROOT / "docs" / "benchmarks"
+BEGIN, END = "<!-- tables: examples/peer_table.py -->", "<!-- end of tables -->"
+OURS = "ktcore"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+Run = dict[str, Any]
+Cells = dict[tuple[str, int, str], dict[str, Any]]  # by format, tokens and who
+
+
+def measured(run: Run) -> Cells:
+    """The cells with numbers; of ktcore's backends the fastest."""
+    found: Cells = {}
+    for cell in run["cells"]:
+        if cell["status"] != "measured":
+            continue
+        who = cell["backend"] if cell["backend"] in run["settings"]["peers"] else OURS
+        key = cell["format"], cell["tokens"], who
+        if key not in found or cell["ms"]["median"] < found[key]["ms"]["median"]:
+            found[key] = cell
+    return found
+
+
+def number(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def share(cell: dict[str, Any]) -> str:
+    """Of the limit that is nearer."""
+    read, peak = (cell[f"{limit}_fraction"] for limit in ("read", "peak"))
+    if read is None or peak is None:
+        return "—"
+    of = ("read", read) if read["median"] >= peak["median"] else ("peak", peak)
+    return f"{of[1]['median']:.0%} of {of[0]}"
+
+
+def error(cell: dict[str, Any]) -> str:
+    return "—" if cell["relative_error"] is None else f"{cell['relative_error']:.2%}"
+
+
+def table(run: Run) -> list[str]:
+    cells, settings = measured(run), run["settings"]
+    peers = [name for name in settings["peers"] if any(name == who for *_, who in cells)]
+    ahead = {(lead["format"], lead["tokens"]): lead for lead in run["ahead"]}
+    head = ["format", "tokens", "ktcore, ms", "limit", "ahead", *(f"{p}, ms" for p in peers)]
+    lines = [row(head), row(["---", *["---:"] * (len(head) - 1)])]
+    for format in settings["formats"]:
+        for tokens in settings["tokens"]:
+            own = cells.get((format, tokens, OURS))
+            lead = ahead.get((format, tokens))
+            theirs = [cells.get((format, tokens, peer)) for peer in peers]
+            lines.append(
+                row(
+                    [
+                        f"`{format}`",
+                        str(tokens),
+                        "—" if own is None else number(own["ms"]["median"]),
+                        "—" if own is None else share(own),
+                        "—" if lead is None else f"{lead['ratio']:.2f}",
+                        *("" if c is None else number(c["ms"]["median"]) for c in theirs),
+                    ]
+                )
+            )
+    return lines
+
+
+def errors(run: Run) -> list[str]:
+    """The largest error of each, by format."""
+    cells, settings = measured(run), run["settings"]
+    whos = [OURS, *settings["peers"]]
+    whos = [who for who in whos if any(who == w for *_, w in cells)]
+    lines = [row(["error", *whos]), row(["---", *["---:"] * len(whos)])]
+    for format in settings["formats"]:
+        shown = []
+        for who in whos:
+            mine = [c for (f, _, w), c in cells.items() if (f, w) == (format, who)]
+            shown.append(error(max(mine, key=lambda c: c["relative_error"] or 0)) if mine else "")
+        lines.append(row([f"`{format}`", *shown]))
+    return lines
+
+
+def row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def section(path: Path, run: Run) -> list[str]:
+    settings, limits = run["settings"], run["limits"]
+    versions = ", ".join(f"{n} {v}" for n, v in run["versions"].items() if n != "python")
+    read = limits["read_gbps"]
+    failed = dict.fromkeys(
+        f"{c['backend']} {c['format']}: {c['reason'].replace('|', '/')}"
+        for c in run["cells"]
+        if c["status"] != "measured"
+    )
+    lines = [
+        f"## {run['machine']['cpu']}",
+        "",
+        f"{settings['model'] or 'A layer'}, {settings['threads']} threads, {run['date'][:10]}; "
+        f"read bandwidth {read['median']:.1f} GB/s ({read['min']:.1f} to {read['max']:.1f}); "
+        f"{versions}. `{' '.join(settings['command'])}` ([all figures](benchmarks/{path.name})).",
+        "",
+        *table(run),
+        "",
+        *errors(run),
+        "",
+        *(f"- {note}" for note in (*run["notes"], *failed)),
+        *([""] if run["notes"] or failed else []),
+        f"![Time per token by batch size](benchmarks/{path.with_suffix('.png').name})",
+        "",
+    ]
+    return lines
+
+
+def plot(path: Path, run: Run) -> None:
+    """Time per token against tokens, one panel a format."""
+    from matplotlib.figure import Figure
+
+    from ktcore.bench.report import replacing
+
+    cells, settings = measured(run), run["settings"]
+    whos = [OURS, *settings["peers"]]
+    colours = dict(zip(whos, COLOURS * 2, strict=False))
+    formats = settings["formats"]
+    figure = Figure(figsize=(3.2 * len(formats), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(formats), sharey=True, squeeze=False)[0]
+    for axes, format in zip(panels, formats, strict=True):
+        for who in whos:
+            mine = sorted((t, c) for (f, t, w), c in cells.items() if (f, w) == (format, who))
+            if not mine:
+                continue
+            tokens = [t for t, _ in mine]
+            per_token = [c["ms"]["median"] / t for t, c in mine]
+            axes.plot(
+                tokens, per_token, color=colours[who], label=who, marker="o", markersize=4,
+                linewidth=2.2 if who == OURS else 1.2,
+            )  # fmt: skip
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_title(format, fontsize=10)
+        axes.set_xlabel("tokens of a call")
+        axes.grid(True, which="major", color="#dddddd", linewidth=0.7)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    panels[0].set_ylabel("ms per token and layer")
+    known: dict[str, Any] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            known.setdefault(label, handle)
+    figure.legend(known.values(), known.keys(), loc="outside right center", frameon=False)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
+
+
+def main() -> None:
+    """Write the tables and the plots."""
+    import format_table
+
+    lines: list[str] = []
+    for path in sorted(RESULTS.glob("peers-*.json")):
+        run = json.loads(path.read_text("utf-8"))
+        lines += section(path, run)
+        plot(path.with_suffix(".png"), run)
+    try:
+        format_table.put(PAGE, "\n".join(lines[:-1]), BEGIN, END)
+    except (format_table.Refused, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,100 @@
+"""Peers in processes of their own, which time themselves.
+
+Between calls such a process is stopped, so that threads that wait by spinning take no core from
+whatever is measured next; and what it dies of is an error here, not an end.
+
+The program reads commands, little-endian, and answers them:
+
+    'w' path '\\n'                      a layer's gate, up and down are in the file; answer: '+'
+    'r' layer tokens x ids weights     int32, int32, f32 [T, H], int32 and f32 [T, K];
+                                       answer: seconds f64, result f32 [T, H]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import struct
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ktcore.bench.peers import Session, Timed
+from ktcore.bench.workload import Call
+from ktcore.weights import ExpertWeights, QuantTensor
+
+CAN_PAUSE = hasattr(signal, "SIGSTOP")
+
+
+class Process(Session):
+    """A program at work.
+
+    Args:
+        command: the program and its arguments.
+        hidden_size: H.
+        stored: what goes into the file for a matrix [E, O, I], one tensor after the other.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[object],
+        hidden_size: int,
+        stored: Callable[[QuantTensor], list[Tensor]],
+    ):
+        self.hidden_size, self.stored = hidden_size, stored
+        self.name = str(command[0])
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `close`)
+        self.process = subprocess.Popen(
+            [str(part) for part in command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
+        )
+
+    def add(self, weights: ExpertWeights) -> None:
+        with tempfile.NamedTemporaryFile(prefix="ktcore-peer-") as file:
+            for weight in (weights.gate, weights.up, weights.down):
+                for t in self.stored(weight):
+                    file.write(memoryview(t.contiguous().view(-1).view(torch.uint8).numpy()))
+            file.flush()
+            self._ask(b"w" + file.name.encode() + b"\n", 1)
+
+    def run(self, call: Call) -> Timed:
+        x, ids, topk_weights = call.inputs
+        values = (x.float(), ids.to(torch.int32), topk_weights.float())
+        data = b"".join(v.contiguous().numpy().tobytes() for v in values)
+        answer = self._ask(
+            b"r" + struct.pack("<ii", call.layer, len(x)) + data, 8 + 4 * len(x) * self.hidden_size
+        )
+        (seconds,) = struct.unpack_from("<d", answer)
+        return torch.frombuffer(answer, dtype=torch.float32, offset=8).view(len(x), -1), seconds
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout, self._said):
+            with contextlib.suppress(OSError):
+                stream.close()
+
+    def _ask(self, command: bytes, count: int) -> bytearray:
+        self.process.send_signal(signal.SIGCONT)
+        try:
+            self.process.stdin.write(command)
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            raise self._died() from None
+        answer = bytearray(self.process.stdout.read(count))
+        if len(answer) < count:
+            raise self._died()
+        self.process.send_signal(signal.SIGSTOP)
+        return answer
+
+    def _died(self) -> RuntimeError:
+        status = self.process.wait()
+        self._said.seek(0)
+        said = self._said.read().decode(errors="replace").strip().splitlines()
+        how = signal.Signals(-status).name if status < 0 else f"status {status}"
+        return RuntimeError(f"{self.name} ended with {how}{': ' + said[-1] if said else ''}")
