@@ -1,9 +1,11 @@
 // The dot products of one block (32 weight rows) with tiles of R activation rows, for each weight
 // format, in two ways that give the same bits:
 //
-//   dot      reads the packed block once and widens it in registers: for few tokens, bound by memory
-//   expand   widens a piece of the block into a panel in the first-level cache, which panel_dot then
-//            multiplies with tile after tile: for many tokens, bound by the dot-product units
+//   dot      widens the packed block in registers, once for each tile: for few tiles, bound by memory
+//   expand   widens a piece of the block into a panel in the first-level cache, which Panel::dot then
+//            multiplies with tile after tile: for many, bound by the dot-product units
+//
+// Both add a range of a block's groups to sums in memory.
 //
 // Every output is summed in the order of the columns in one lane, whatever R is and whichever way is
 // taken, so a token's result does not depend on which tokens share its batch.
@@ -32,6 +34,23 @@ static KT_INLINE int32_t piece_sum(const int32_t* sums, int64_t piece, int r) {
   return sums[2 * piece * R + r] + sums[(2 * piece + 1) * R + r];
 }
 
+// sum + a * b. As an intrinsic, GCC lets the sum change its register, and moves whole tiles of sums to
+// and from memory.
+template <class S>
+static KT_INLINE typename S::F add_product(typename S::F sum, typename S::F a, typename S::F b) {
+#if defined(KT_ASM)
+  __asm__("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
+#else
+  return S::fma(a, b, sum);
+#endif
+}
+
+// Groups [first, first + count) of the `groups` of a block.
+struct Range {
+  int64_t first, count, groups;
+};
+
 // One group of 32 columns is 16 pairs; a panel holds kPanelGroups groups: [pair][32 rows] of 16-bit
 // pairs, 16 KiB, which leaves the rest of a first-level cache to a tile of activations.
 static constexpr int64_t kPanelGroups = 8;
@@ -49,6 +68,24 @@ struct Ahead {
   }
 };
 
+// The sums of V vectors from v0 on, of every row, between registers and `out` [R][32].
+template <class S, int V, int R>
+static KT_INLINE void load_sums(typename S::F (&sum)[V][R], const float* out, int v0) {
+  KT_UNROLL
+  for (int v = 0; v < V; ++v) {
+    KT_UNROLL
+    for (int r = 0; r < R; ++r) sum[v][r] = S::load(out + r * kBlockRows + (v0 + v) * S::kLanes);
+  }
+}
+template <class S, int V, int R>
+static KT_INLINE void store_sums(const typename S::F (&sum)[V][R], float* out, int v0) {
+  KT_UNROLL
+  for (int v = 0; v < V; ++v) {
+    KT_UNROLL
+    for (int r = 0; r < R; ++r) S::store(out + r * kBlockRows + (v0 + v) * S::kLanes, sum[v][r]);
+  }
+}
+
 // Panels of 16-bit weights, for all integer formats, with kSets sets of scales a group: none, one, or
 // two for 16 columns each.
 template <class S, int kSets>
@@ -61,25 +98,19 @@ struct Int16Panel {
   alignas(64) float offsets[kScales];  // the same, where has_offsets
   bool has_offsets = false;
 
-  // Adds groups [first, first + count) of a tile to `out` [R][32].
+  // Adds a tile times the range that was expanded to `out` [R][32].
   template <int R>
-  KT_NOINLINE void dot(int64_t first, int64_t count, int64_t groups, const uint8_t* tile,
-                       float* out, Ahead<S> ahead) const {
+  KT_NOINLINE void dot(Range range, const uint8_t* tile, float* out, Ahead<S> ahead) const {
     constexpr int V = vectors_at_once<S>(R, S::kIntCells);
-    const float* x_scale = Int16Codec<S>::scales(tile, R, groups) + first * R;
-    const int32_t* x_sum = Int16Codec<S>::sums(tile, R, groups) + 2 * first * R;
+    const float* x_scale = Int16Codec<S>::scales(tile, R, range.groups) + range.first * R;
+    const int32_t* x_sum = Int16Codec<S>::sums(tile, R, range.groups) + 2 * range.first * R;
     for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
       const uint8_t* w = weights + v0 * S::kLanes * 4;
-      const uint8_t* a = tile + first * kGroup * 2 * R;
-      float* to = out + v0 * S::kLanes;
+      const uint8_t* a = tile + range.first * kGroup * 2 * R;
       // The sums of all pieces stay in registers too: through memory, they cost half of the time.
       typename S::F total[V][R];
-      KT_UNROLL
-      for (int v = 0; v < V; ++v) {
-        KT_UNROLL
-        for (int r = 0; r < R; ++r) total[v][r] = S::load(to + r * kBlockRows + v * S::kLanes);
-      }
-      for (int64_t piece = 0; piece < count * kPieces; ++piece) {
+      load_sums<S>(total, out, v0);
+      for (int64_t piece = 0; piece < range.count * kPieces; ++piece) {
         if (v0 == 0 && piece % kPieces == 0) ahead.step();
         typename S::I sum[V][R];
         KT_UNROLL
@@ -131,11 +162,7 @@ struct Int16Panel {
           }
         }
       }
-      KT_UNROLL
-      for (int v = 0; v < V; ++v) {
-        KT_UNROLL
-        for (int r = 0; r < R; ++r) S::store(to + r * kBlockRows + v * S::kLanes, total[v][r]);
-      }
+      store_sums<S>(total, out, v0);
     }
   }
 };
@@ -146,25 +173,21 @@ struct Int8Channel {
   using Panel = Int16Panel<S, 0>;
   static constexpr int kMaxRows = S::kIntRows;
   static constexpr int kPlanes = 1, kExactPlanes = 1;
-  static constexpr bool kPanels = true;
+  static constexpr int kDirectTiles = 2;
   static constexpr int kUnits = static_cast<int>(kGroup) / 4;
   static constexpr int64_t kGroupBytes = kUnits * kUnitBytes;
 
   template <int R>
-  KT_NOINLINE static void dot(const WeightLayout&, const uint8_t* block, int64_t groups,
+  KT_NOINLINE static void dot(const WeightLayout&, const uint8_t* block, Range range,
                               const uint8_t* tile, float* out, int64_t prefetch) {
     constexpr int V = vectors_at_once<S>(R, S::kIntCells);
-    const float* x_scale = Codec::scales(tile, R, groups);
+    const float* x_scale = Codec::scales(tile, R, range.groups) + range.first * R;
     for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
       typename S::F acc[V][R];
-      KT_UNROLL
-      for (int v = 0; v < V; ++v) {
-        KT_UNROLL
-        for (int r = 0; r < R; ++r) acc[v][r] = S::zero();
-      }
-      const uint8_t* a = tile;
-      const uint8_t* w = block + v0 * S::kLanes * 4;
-      for (int64_t g = 0; g < groups; ++g, a += 2 * kGroup * R, w += kGroupBytes) {
+      load_sums<S>(acc, out, v0);
+      const uint8_t* a = tile + range.first * kGroup * 2 * R;
+      const uint8_t* w = block + range.first * kGroupBytes + v0 * S::kLanes * 4;
+      for (int64_t g = 0; g < range.count; ++g, a += 2 * kGroup * R, w += kGroupBytes) {
         typename S::I sum[V][R];
         KT_UNROLL
         for (int v = 0; v < V; ++v) {
@@ -177,7 +200,7 @@ struct Int8Channel {
           KT_UNROLL
           for (int v = 0; v < V; ++v) {
             const uint8_t* p = w + unit * kUnitBytes + v * S::kLanes * 4;
-            if constexpr (R <= 2) S::prefetch(p + prefetch);
+            S::prefetch(p + prefetch);
             raw[v] = S::load_i(p);
             weight[v] = S::even_bytes(raw[v]);
           }
@@ -195,21 +218,16 @@ struct Int8Channel {
           }
         }
       }
-      KT_UNROLL
-      for (int v = 0; v < V; ++v) {
-        KT_UNROLL
-        for (int r = 0; r < R; ++r)
-          S::store(out + r * kBlockRows + (v0 + v) * S::kLanes, acc[v][r]);
-      }
+      store_sums<S>(acc, out, v0);
     }
-    finish(block, groups, out, R);
   }
 
-  KT_NOINLINE static void expand(const WeightLayout&, const uint8_t* block, int64_t, int64_t first,
-                                 int64_t count, Panel& panel) {
-    const uint8_t* w = block + first * kGroupBytes;
+  KT_NOINLINE static void expand(const WeightLayout&, const uint8_t* block, Range range,
+                                 Panel& panel) {
+    const uint8_t* w = block + range.first * kGroupBytes;
     uint8_t* to = panel.weights;
-    for (int64_t unit = 0; unit < count * kUnits; ++unit, w += kUnitBytes, to += 2 * kUnitBytes) {
+    for (int64_t unit = 0; unit < range.count * kUnits;
+         ++unit, w += kUnitBytes, to += 2 * kUnitBytes) {
       for (int64_t at = 0; at < kUnitBytes; at += S::kLanes * 4) {
         const typename S::I raw = S::load_i(w + at);
         S::store_i(to + at, S::even_bytes(raw));
@@ -334,58 +352,48 @@ struct Coded {
   using F = typename S::F;
   static constexpr int kMaxRows = S::kIntRows;
   static constexpr int kPlanes = 1, kExactPlanes = 1;
-  static constexpr bool kPanels = true;
+  static constexpr int kDirectTiles = 2;
 
   template <int R>
-  KT_NOINLINE static void dot(const WeightLayout& layout, const uint8_t* block, int64_t groups,
+  KT_NOINLINE static void dot(const WeightLayout& layout, const uint8_t* block, Range range,
                               const uint8_t* tile, float* out, int64_t prefetch) {
     constexpr int V = vectors_at_once<S>(R, S::kIntCells);
-    const int64_t group_bytes = layout.group_bytes();
-    const float* x_scale = Codec::scales(tile, R, groups);
-    const int32_t* x_sum = Codec::sums(tile, R, groups);
+    const int64_t group_bytes = layout.group_bytes(), end = range.first + range.count;
+    const float* x_scale = Codec::scales(tile, R, range.groups);
+    const int32_t* x_sum = Codec::sums(tile, R, range.groups);
     const I levels = S::table16(layout.levels);
-    GroupScales<S, kSets> scales(layout, kCodeBytes, block, groups);
+    GroupScales<S, kSets> scales(layout, kCodeBytes, block, range.groups);
     for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
       F acc[V][R];
-      KT_UNROLL
-      for (int v = 0; v < V; ++v) {
-        KT_UNROLL
-        for (int r = 0; r < R; ++r) acc[v][r] = S::zero();
-      }
-      const uint8_t* a = tile;
-      const uint8_t* group = block;
-      for (int64_t g = 0; g < groups; ++g, group += group_bytes, a += 2 * kGroup * R) {
-        scales.template enter<V>(g, v0);
+      load_sums<S>(acc, out, v0);
+      const uint8_t* a = tile + range.first * kGroup * 2 * R;
+      const uint8_t* group = block + range.first * group_bytes;
+      for (int64_t g = range.first; g < end; ++g, group += group_bytes, a += 2 * kGroup * R) {
+        scales.template enter<V>(g, v0, g == range.first);
         add_set<0, V, R>(layout, scales, group, g, v0, levels, a, x_scale, x_sum, acc, prefetch);
         if constexpr (kSets == 2) {
           add_set<1, V, R>(layout, scales, group, g, v0, levels, a, x_scale, x_sum, acc, prefetch);
         }
       }
-      KT_UNROLL
-      for (int v = 0; v < V; ++v) {
-        KT_UNROLL
-        for (int r = 0; r < R; ++r) {
-          S::store(out + r * kBlockRows + (v0 + v) * S::kLanes, acc[v][r]);
-        }
-      }
+      store_sums<S>(acc, out, v0);
     }
   }
 
-  KT_NOINLINE static void expand(const WeightLayout& layout, const uint8_t* block, int64_t groups,
-                                 int64_t first, int64_t count, Panel& panel) {
+  KT_NOINLINE static void expand(const WeightLayout& layout, const uint8_t* block, Range range,
+                                 Panel& panel) {
     const int64_t group_bytes = layout.group_bytes();
     const I levels = S::table16(layout.levels);
     const I bias = S::set1_i16(static_cast<int16_t>(layout.bias));
-    GroupScales<S, kSets> scales(layout, kCodeBytes, block, groups);
+    GroupScales<S, kSets> scales(layout, kCodeBytes, block, range.groups);
     uint8_t* to = panel.weights;
     panel.has_offsets = scales.has_offsets();
-    for (int64_t g = 0; g < count; ++g, to += kGroup / 2 * kUnitBytes) {
-      const uint8_t* group = block + (first + g) * group_bytes;
+    for (int64_t g = 0; g < range.count; ++g, to += kGroup / 2 * kUnitBytes) {
+      const uint8_t* group = block + (range.first + g) * group_bytes;
       for (int64_t at = 0; at < kUnitBytes; at += S::kLanes * 4) {
         expand_quads(group + at, levels, bias, to + at, Quads<8>());
       }
       constexpr int kVectors = static_cast<int>(kBlockRows) / S::kLanes;
-      scales.template enter<kVectors>(first + g, 0, g == 0);
+      scales.template enter<kVectors>(range.first + g, 0, g == 0);
       for (int set = 0; set < kSets; ++set) {
         for (int v = 0; v < kVectors; ++v) {
           const int64_t at = (g * kSets + set) * kBlockRows + v * S::kLanes;
@@ -535,7 +543,7 @@ struct Coded {
     KT_UNROLL
     for (int v = 0; v < V; ++v) {
       const uint8_t* p = w + v * S::kLanes * 4;
-      if constexpr (R <= 2) S::prefetch(p + prefetch);
+      S::prefetch(p + prefetch);
       raw[v] = S::load_i(p);
     }
   }
@@ -597,7 +605,7 @@ struct Floats {
   using F = typename S::F;
   static constexpr int kMaxRows = S::kFloatRows;
   static constexpr int kPlanes = 1, kExactPlanes = 1;
-  static constexpr bool kPanels = true;
+  static constexpr int kDirectTiles = From::kScaled ? 2 : 4;
   static constexpr int64_t kGroupBytes = kGroup / From::kColumns * From::kBytes;
 
   // The columns of a panel as floats, [column][32 rows], and the scales of its pieces.
@@ -608,14 +616,13 @@ struct Floats {
     int64_t piece_groups = kGroups;
 
     template <int R>
-    KT_NOINLINE void dot(int64_t first, int64_t count, int64_t, const uint8_t* tile, float* out,
-                         Ahead<S> ahead) const {
+    KT_NOINLINE void dot(Range range, const uint8_t* tile, float* out, Ahead<S> ahead) const {
       constexpr int V = vectors_at_once<S>(R, S::kFloatCells);
       for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
-        const auto* x = reinterpret_cast<const float*>(tile) + first * kGroup * R;
+        const auto* x = reinterpret_cast<const float*>(tile) + range.first * kGroup * R;
         const float* w = weights + v0 * S::kLanes;
         const float* scale = scales + v0 * S::kLanes;
-        for (int64_t left = count; left > 0; left -= piece_groups, scale += kBlockRows) {
+        for (int64_t left = range.count; left > 0; left -= piece_groups, scale += kBlockRows) {
           const int64_t columns = (left < piece_groups ? left : piece_groups) * kGroup;
           F sum[V][R];
           clear<V, R>(sum);
@@ -642,23 +649,23 @@ struct Floats {
   };
 
   template <int R>
-  KT_NOINLINE static void dot(const WeightLayout& layout, const uint8_t* block, int64_t groups,
+  KT_NOINLINE static void dot(const WeightLayout& layout, const uint8_t* block, Range range,
                               const uint8_t* tile, float* out, int64_t prefetch) {
     constexpr int V = vectors_at_once<S>(R, S::kFloatCells);
     const int64_t group_bytes = layout.group_bytes(), step = piece_groups(layout);
-    std::memset(out, 0, R * kBlockRows * sizeof(float));
-    GroupScales<S, 1> scales(layout, kGroupBytes, block, groups);
+    const int64_t last = range.first + range.count;
+    GroupScales<S, 1> scales(layout, kGroupBytes, block, range.groups);
     for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
-      const auto* x = reinterpret_cast<const float*>(tile);
-      for (int64_t first = 0; first < groups; first += step) {
+      const auto* x = reinterpret_cast<const float*>(tile) + range.first * kGroup * R;
+      for (int64_t first = range.first; first < last; first += step) {
         F sum[V][R], factor[V];
         clear<V, R>(sum);
         if constexpr (From::kScaled) {
-          scales.template enter<V>(first, v0);
+          scales.template enter<V>(first, v0, first == range.first);
           KT_UNROLL
           for (int v = 0; v < V; ++v) factor[v] = scales.outer(0, v0 + v);
         }
-        const int64_t end = first + step < groups ? first + step : groups;
+        const int64_t end = first + step < last ? first + step : last;
         for (int64_t g = first; g < end; ++g) {
           const uint8_t* w = block + g * group_bytes;
           for (int64_t k = 0; k < kGroup; k += From::kColumns, w += From::kBytes) {
@@ -672,22 +679,22 @@ struct Floats {
     }
   }
 
-  KT_NOINLINE static void expand(const WeightLayout& layout, const uint8_t* block, int64_t groups,
-                                 int64_t first, int64_t count, Panel& panel) {
+  KT_NOINLINE static void expand(const WeightLayout& layout, const uint8_t* block, Range range,
+                                 Panel& panel) {
     constexpr int kVectors = static_cast<int>(kBlockRows) / S::kLanes;
     const int64_t group_bytes = layout.group_bytes();
-    GroupScales<S, 1> scales(layout, kGroupBytes, block, groups);
+    GroupScales<S, 1> scales(layout, kGroupBytes, block, range.groups);
     panel.piece_groups = piece_groups(layout);
     float* to = panel.weights;
-    for (int64_t g = 0; g < count; ++g) {
-      const uint8_t* w = block + (first + g) * group_bytes;
+    for (int64_t g = 0; g < range.count; ++g) {
+      const uint8_t* w = block + (range.first + g) * group_bytes;
       for (int64_t k = 0; k < kGroup; k += From::kColumns, w += From::kBytes) {
         expand_columns(w, to, std::make_integer_sequence<int, From::kColumns>());
         to += From::kColumns * kBlockRows;
       }
       if constexpr (From::kScaled) {
         if (g % panel.piece_groups != 0) continue;
-        scales.template enter<kVectors>(first + g, 0, g == 0);
+        scales.template enter<kVectors>(range.first + g, 0, g == 0);
         for (int v = 0; v < kVectors; ++v) {
           S::store(panel.scales + g / panel.piece_groups * kBlockRows + v * S::kLanes,
                    scales.outer(0, v));
@@ -721,16 +728,14 @@ struct Floats {
     for (int r = 0; r < R; ++r) {
       const F value = S::set1(x[2 * r]);
       KT_UNROLL
-      for (int v = 0; v < V; ++v) sum[v][r] = S::fma(weight[v], value, sum[v][r]);
+      for (int v = 0; v < V; ++v) sum[v][r] = add_product<S>(sum[v][r], weight[v], value);
     }
   }
 
   template <int V, int R, int... I>
   static KT_INLINE void add_columns(F (&sum)[V][R], const uint8_t* w, int v0, const float* x,
                                     int64_t prefetch, std::integer_sequence<int, I...>) {
-    if constexpr (R <= 2) {
-      for (int64_t at = 0; at < From::kBytes; at += 64) S::prefetch(w + prefetch + at);
-    }
+    for (int64_t at = 0; at < From::kBytes; at += 64) S::prefetch(w + prefetch + at);
     (add_one<I, V, R>(sum, w, v0, x + I / 2 * 2 * R + I % 2), ...);
   }
   template <int I, int V, int R>
@@ -770,30 +775,26 @@ struct Floats {
 template <class S>
 struct Bf16Pairs {
   using Codec = Bf16Codec<S>;
-  using Panel = void*;
   static constexpr int kMaxRows = S::kFloatRows;
   static constexpr int kPlanes = 1, kExactPlanes = 2;
-  static constexpr bool kPanels = false;
+  static constexpr int kDirectTiles = std::numeric_limits<int>::max();
 
   template <int R>
-  KT_NOINLINE static void dot(const WeightLayout&, const uint8_t* block, int64_t groups,
+  KT_NOINLINE static void dot(const WeightLayout&, const uint8_t* block, Range range,
                               const uint8_t* tile, float* out, int64_t prefetch) {
     constexpr int V = vectors_at_once<S>(R, S::kFloatCells);
+    const int64_t first = range.first * (kGroup / 2);
     for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
-      const uint8_t* w = block + v0 * S::kLanes * 4;
+      const uint8_t* w = block + first * kUnitBytes + v0 * S::kLanes * 4;
       typename S::F acc[V][R];
-      KT_UNROLL
-      for (int v = 0; v < V; ++v) {
-        KT_UNROLL
-        for (int r = 0; r < R; ++r) acc[v][r] = S::zero();
-      }
-      const uint8_t* a = tile;
-      for (int64_t pair = 0; pair < groups * (kGroup / 2); ++pair) {
+      load_sums<S>(acc, out, v0);
+      const uint8_t* a = tile + first * R * 4;
+      for (int64_t pair = 0; pair < range.count * (kGroup / 2); ++pair) {
         typename S::I weight[V];
         KT_UNROLL
         for (int v = 0; v < V; ++v) {
           const uint8_t* p = w + v * S::kLanes * 4;
-          if constexpr (R <= 2) S::prefetch(p + prefetch);
+          S::prefetch(p + prefetch);
           weight[v] = S::load_i(p);
         }
         KT_UNROLL
@@ -805,47 +806,37 @@ struct Bf16Pairs {
         a += R * 4;
         w += kUnitBytes;
       }
-      KT_UNROLL
-      for (int v = 0; v < V; ++v) {
-        KT_UNROLL
-        for (int r = 0; r < R; ++r)
-          S::store(out + r * kBlockRows + (v0 + v) * S::kLanes, acc[v][r]);
-      }
+      store_sums<S>(acc, out, v0);
     }
   }
+
+  static KT_INLINE void finish(const uint8_t*, int64_t, float*, int64_t) {}
 };
 
 template <class S>
 using Bf16 = std::conditional_t<S::kBf16Dot, Bf16Pairs<S>, Floats<S, FromBf16<S>>>;
 
-// Rows that a packed block is multiplied with directly; more go through panels, for the little that
-// they lose there is not worth the code.
-static constexpr int kDirectRows = 4;
-
-template <class Format>
-static constexpr int direct_rows() {
-  return !Format::kPanels || Format::kMaxRows < kDirectRows ? Format::kMaxRows : kDirectRows;
-}
-
 // Calls dot<R> for a run-time R.
-template <class Format, int R = direct_rows<Format>()>
+template <class Format, int R = Format::kMaxRows>
 static KT_INLINE void dot_block(const WeightLayout& layout, int rows, const uint8_t* block,
-                                int64_t groups, const uint8_t* tile, float* out, int64_t prefetch) {
-  if (rows == R) return Format::template dot<R>(layout, block, groups, tile, out, prefetch);
+                                Range range, const uint8_t* tile, float* out, int64_t prefetch) {
+  if (rows == R) return Format::template dot<R>(layout, block, range, tile, out, prefetch);
   if constexpr (R > 1) {
-    return dot_block<Format, R - 1>(layout, rows, block, groups, tile, out, prefetch);
+    return dot_block<Format, R - 1>(layout, rows, block, range, tile, out, prefetch);
   }
 }
 
 template <class S, class Format, int R = Format::kMaxRows>
-static KT_INLINE void dot_panel(int rows, const typename Format::Panel& panel, int64_t first,
-                                int64_t count, int64_t groups, const uint8_t* tile, float* out,
-                                const Ahead<S>& ahead) {
-  if (rows == R) return panel.template dot<R>(first, count, groups, tile, out, ahead);
+static KT_INLINE void dot_panel(int rows, const typename Format::Panel& panel, Range range,
+                                const uint8_t* tile, float* out, const Ahead<S>& ahead) {
+  if (rows == R) return panel.template dot<R>(range, tile, out, ahead);
   if constexpr (R > 1) {
-    return dot_panel<S, Format, R - 1>(rows, panel, first, count, groups, tile, out, ahead);
+    return dot_panel<S, Format, R - 1>(rows, panel, range, tile, out, ahead);
   }
 }
+
+// Groups that several tiles are multiplied with in turn: 32 KiB of bf16.
+static constexpr int64_t kDirectGroups = 16;
 
 // At most this many rows go through one product, so that their sums stay in the cache.
 static constexpr int kProductRows = 128;
@@ -878,35 +869,44 @@ KT_NOINLINE static void multiply(const WeightLayout& layout, const uint8_t* bloc
   const auto place = [&](const TokenTile& tile) {
     return out + (tile.first - tiles[0].first) * planes * kBlockRows;
   };
-  const auto directly = [&] {
-    for (int i = 0; i < count; ++i) {
-      dot_block<Format>(layout, tiles[i].tokens * planes, block, groups, encoded(tiles[i]),
-                        place(tiles[i]), prefetch);
+  const TokenTile& last = tiles[count - 1];
+  const int64_t rows = (last.first + last.tokens - tiles[0].first) * planes;
+  std::memset(out, 0, static_cast<size_t>(rows * kBlockRows) * sizeof(float));
+  // Calls f(i, range) for every tile i, and that for one range of columns after the other.
+  const auto each = [&](int64_t step, auto&& begin, auto&& f) {
+    for (int64_t first = 0; first < groups; first += step) {
+      const Range range{first, groups - first < step ? groups - first : step, groups};
+      begin(range);
+      for (int i = 0; i < count; ++i) f(i, range);
     }
   };
-  if constexpr (!Format::kPanels) {
+  const auto directly = [&] {
+    // Several tiles find a range in the cache that the first has brought there.
+    each(
+        count == 1 ? groups : kDirectGroups, [](Range) {},
+        [&](int i, Range range) {
+          dot_block<Format>(layout, tiles[i].tokens * planes, block, range, encoded(tiles[i]),
+                            place(tiles[i]), prefetch);
+        });
+  };
+  if constexpr (Format::kDirectTiles == std::numeric_limits<int>::max()) {
     directly();
-  } else if (count == 1 && tiles[0].tokens * planes <= direct_rows<Format>()) {
+  } else if (count <= Format::kDirectTiles) {
     directly();
   } else {
-    const TokenTile& last = tiles[count - 1];
-    const int64_t rows = (last.first + last.tokens - tiles[0].first) * planes;
-    std::memset(out, 0, static_cast<size_t>(rows * kBlockRows) * sizeof(float));
     typename Format::Panel panel;
     constexpr int64_t kStep = Format::Panel::kGroups;
-    for (int64_t first = 0; first < groups; first += kStep) {
-      const int64_t piece = groups - first < kStep ? groups - first : kStep;
-      Format::expand(layout, block, groups, first, piece, panel);
-      // What the next panel, or the next block, is made of comes from memory meanwhile.
-      const uint8_t* next = block + (first + kStep) * layout.group_bytes();
-      const int64_t lines = 2 * ceil_div(layout.group_bytes() / 128, count);
-      for (int i = 0; i < count; ++i, next += kStep * lines * 64) {
-        dot_panel<S, Format>(tiles[i].tokens * planes, panel, first, piece, groups,
-                             encoded(tiles[i]), place(tiles[i]), Ahead<S>{next, lines});
-      }
-    }
-    Format::finish(block, groups, out, rows);
+    // What the next panel, or the next block, is made of comes from memory meanwhile.
+    const int64_t lines = 2 * ceil_div(layout.group_bytes() / 128, count);
+    each(
+        kStep, [&](Range range) { Format::expand(layout, block, range, panel); },
+        [&](int i, Range range) {
+          const uint8_t* next = block + (range.first + kStep) * layout.group_bytes();
+          dot_panel<S, Format>(tiles[i].tokens * planes, panel, range, encoded(tiles[i]),
+                               place(tiles[i]), Ahead<S>{next + i * kStep * lines * 64, lines});
+        });
   }
+  Format::finish(block, groups, out, rows);
   if (planes == 1) return;
   for (int i = 0; i < count; ++i) {
     float* c = place(tiles[i]);
