@@ -27,6 +27,8 @@ BEGIN, END = "<!-- tables: examples/peer_table.py -->", "<!-- end of tables -->"
 OURS = "ktcore"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
+ACROSS = 3  # panels of a plot, side by side
+
 Run = dict[str, Any]
 Cells = dict[tuple[str, int, str], dict[str, Any]]  # by format, tokens and who
 
@@ -116,7 +118,7 @@ def section(path: Path, run: Run) -> list[str]:
         if c["status"] != "measured"
     )
     lines = [
-        f"## {run['machine']['cpu']}",
+        f"## {path.stem.removeprefix('peers-')}: {run['machine']['cpu']}",
         "",
         f"{settings['model'] or 'A layer'}, {settings['threads']} threads, {run['date'][:10]}; "
         f"read bandwidth {read['median']:.1f} GB/s ({read['min']:.1f} to {read['max']:.1f}); "
@@ -144,8 +146,13 @@ def plot(path: Path, run: Run) -> None:
     whos = [OURS, *settings["peers"]]
     colours = dict(zip(whos, COLOURS * 2, strict=False))
     formats = settings["formats"]
-    figure = Figure(figsize=(3.2 * len(formats), 3.6), layout="constrained")
-    panels = figure.subplots(1, len(formats), sharey=True, squeeze=False)[0]
+    across = min(len(formats), ACROSS)
+    down = -(-len(formats) // across)
+    figure = Figure(figsize=(3.2 * across + 1.8, 2.9 * down), layout="constrained")
+    grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
+    panels = grid.flatten()[: len(formats)]
+    for unused in grid.flatten()[len(formats) :]:
+        unused.set_axis_off()
     for axes, format in zip(panels, formats, strict=True):
         for who in whos:
             mine = sorted((t, c) for (f, t, w), c in cells.items() if (f, w) == (format, who))
@@ -160,11 +167,12 @@ def plot(path: Path, run: Run) -> None:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_title(format, fontsize=10)
-        axes.set_xlabel("tokens of a call")
         axes.grid(True, which="major", color="#dddddd", linewidth=0.7)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    panels[0].set_ylabel("ms per token and layer")
+        for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            which(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "125" else "")
+    figure.supxlabel("tokens of a call", fontsize=10)
+    figure.supylabel("ms per token and layer", fontsize=10)
     known: dict[str, Any] = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
