@@ -20,7 +20,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import metadata
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ktcore._settings import SettingError
 from ktcore.dispatch import probe
@@ -37,8 +37,7 @@ class BackendUnavailable(RuntimeError):
     """A backend was asked for that does not exist or cannot run here."""
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """What an operator call needs: everything that the choice may depend on.
 
     `down_format` is that of `moe`'s down matrices where it is not `format`.
@@ -140,9 +139,8 @@ class Explanation:
         return _bucket(self.request.tokens)
 
     def to_dict(self) -> dict:
-        names = Request.__dataclass_fields__
         return {
-            "request": {n: getattr(self.request, n) for n in names},
+            "request": self.request._asdict(),
             "judged_tokens": self.judged_tokens,
             "chosen": self.chosen,
             "candidates": [
@@ -409,25 +407,18 @@ def select(request: Request) -> Implementation:
     Raises:
         BackendUnavailable: a forced backend cannot run or does not serve this, or nothing does.
     """
-    key = (
-        request.op,
-        request.format,
-        request.down_format,
-        _bucket(request.tokens),
-        request.hidden_size,
-        request.intermediate_size,
-        request.num_experts,
-        request.top_k,
-        request.dtype,
-        request.device,
-        request.exact,
-        tuple(_used().items()),
-    )
+    judged = _judged(request, request.tokens)
+    key = judged, tuple(_used().items())
     chosen = _choices.get(key)
     if chosen is None:
-        chosen = _choose(replace(request, tokens=_bucket(request.tokens)))
-        _choices[key] = chosen
+        chosen = _choices[key] = _choose(judged)
     return chosen
+
+
+def _judged(request: Request, tokens: int) -> Request:
+    """The request that stands for all with about so many tokens."""
+    bucket = _bucket(tokens)
+    return request if bucket == request.tokens else request._replace(tokens=bucket)
 
 
 def _choose(request: Request) -> Implementation:
@@ -530,7 +521,7 @@ def explain(
         fields["down_format"] = get_format(fields["down_format"]).name
     request = Request(op=op, format=None if op == "route" else format, tokens=tokens, **fields)
     # As `select` judges it: by size class.
-    judged = replace(request, tokens=_bucket(tokens))
+    judged = _judged(request, tokens)
     candidates = tuple(_candidates(judged, _demanded(op)))
     chosen = candidates[0].backend if candidates and candidates[0].accepted else None
     return Explanation(request, chosen, candidates)

@@ -129,7 +129,7 @@ def operators(backend: str) -> list[Implementation]:
         exact: bool,
     ) -> Tensor:
         tokens, hidden_size = hidden_states.shape
-        out = torch.empty((tokens, hidden_size), dtype=hidden_states.dtype)
+        out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
         if tokens:
             ids, weights = topk_ids.contiguous(), topk_weights.contiguous()
             ext.moe(

@@ -381,13 +381,11 @@ def _ratio(a: float | None, b: float | None) -> float | None:
 
 def _explained(model: Model, prompt_tokens: int) -> dict[str, list[tuple[str, Any]]]:
     """For decode and prefill, why each operator call goes where it goes, by purpose."""
-    from dataclasses import asdict
-
     import ktcore
 
     return {
         phase: [
-            (purpose, ktcore.explain(**asdict(request)))
+            (purpose, ktcore.explain(**request._asdict()))
             for purpose, request in model.requests(tokens)
         ]
         for phase, tokens in (("decode", 1), ("prefill", prompt_tokens))

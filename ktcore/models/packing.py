@@ -9,7 +9,6 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 from torch import Tensor
@@ -183,7 +182,7 @@ class ModelCache:
             layout = registry.select(request).packs
             if layout is not None and layout.name in weight.packed:
                 packed = weight.packed[layout.name]
-                about = {"layout": layout.name, "request": asdict(request)}
+                about = {"layout": layout.name, "request": request._asdict()}
                 writer.add(name, about | {"description": layout.describe(packed)}, packed)
 
         try:

@@ -47,6 +47,11 @@ def number(value: object, name: str) -> None:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
 
+def as_type(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """`value.to(dtype)`, without a call where it is that already: such a one takes 2 us."""
+    return value if value.dtype is dtype else value.to(dtype)
+
+
 def rows_dense(value: Tensor) -> Tensor:
     """`value` with neighbouring elements of a row side by side; rows themselves may be strided."""
     # An overlapping or backwards view would be legal to read, but kernels take row strides >= 0.

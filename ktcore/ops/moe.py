@@ -104,10 +104,10 @@ def _compute(
         )
     )
     return chosen.run(
-        _check.rows_dense(hidden_states.detach()),
+        _check.rows_dense(hidden_states.detach() if hidden_states.requires_grad else hidden_states),
         weights,
-        topk_ids.to(torch.int64),
-        topk_weights.to(torch.float32),
+        _check.as_type(topk_ids, torch.int64),
+        _check.as_type(topk_weights, torch.float32),
         activation=activation,
         exact=exact,
     )
