@@ -149,11 +149,10 @@ static inline float reduce_add_ps(F512 a) {
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
-static inline int reduce_add_epi32(I512 a) {
-  int v[16], sum = 0;
-  storeu_si512(v, a);
-  for (int x : v) sum += x;
-  return sum;
+static inline __m256i castsi512_si256(I512 a) { return a.lo; }
+template <int N>
+static inline __m256i extracti64x4_epi64(I512 a) {
+  return N == 0 ? a.lo : a.hi;
 }
 static inline int reduce_max_epi32(I512 a) {
   int v[16];
@@ -161,12 +160,6 @@ static inline int reduce_max_epi32(I512 a) {
   int most = v[0];
   for (int x : v) most = x > most ? x : most;
   return most;
-}
-static inline long long reduce_add_epi64(I512 a) {
-  unsigned long long v[8], sum = 0;
-  storeu_si512(v, a);
-  for (auto x : v) sum += x;
-  return static_cast<long long>(sum);
 }
 
 // Unsigned bytes of a with signed bytes of b, four to a lane, without saturation.
@@ -216,6 +209,7 @@ static inline F512 dpbf16_ps(F512 acc, I512 a, I512 b) {
 #define _mm512_broadcast_i32x4 ::ktcore::emulated::broadcast_i32x4
 #define _mm512_castps_si512 ::ktcore::emulated::castps_si512
 #define _mm512_castsi512_ps ::ktcore::emulated::castsi512_ps
+#define _mm512_castsi512_si256 ::ktcore::emulated::castsi512_si256
 #define _mm512_cmp_ps_mask(a, b, p) ::ktcore::emulated::cmp_ps_mask<p>(a, b)
 #define _mm512_cvtepi32_epi16 ::ktcore::emulated::cvtepi32_epi16
 #define _mm512_cvtepi32_epi8 ::ktcore::emulated::cvtepi32_epi8
@@ -229,6 +223,7 @@ static inline F512 dpbf16_ps(F512 acc, I512 a, I512 b) {
 #define _mm512_dpbf16_ps ::ktcore::emulated::dpbf16_ps
 #define _mm512_dpbusd_epi32 ::ktcore::emulated::dpbusd_epi32
 #define _mm512_dpwssd_epi32 ::ktcore::emulated::dpwssd_epi32
+#define _mm512_extracti64x4_epi64(a, n) ::ktcore::emulated::extracti64x4_epi64<n>(a)
 #define _mm512_fmadd_ps ::ktcore::emulated::fmadd_ps
 #define _mm512_loadu_ps ::ktcore::emulated::loadu_ps
 #define _mm512_loadu_si512 ::ktcore::emulated::loadu_si512
@@ -240,8 +235,6 @@ static inline F512 dpbf16_ps(F512 acc, I512 a, I512 b) {
 #define _mm512_min_ps ::ktcore::emulated::min_ps
 #define _mm512_mul_ps ::ktcore::emulated::mul_ps
 #define _mm512_or_si512 ::ktcore::emulated::or_si512
-#define _mm512_reduce_add_epi32 ::ktcore::emulated::reduce_add_epi32
-#define _mm512_reduce_add_epi64 ::ktcore::emulated::reduce_add_epi64
 #define _mm512_reduce_add_ps ::ktcore::emulated::reduce_add_ps
 #define _mm512_reduce_max_epi32 ::ktcore::emulated::reduce_max_epi32
 #define _mm512_roundscale_ps(a, r) ::ktcore::emulated::roundscale_ps<r>(a)

@@ -104,7 +104,21 @@ struct Simd {
     std::memcpy(&v, p, 4);
     return _mm512_set1_epi32(v);
   }
-  static KT_INLINE uint64_t fold(I a) { return static_cast<uint64_t>(_mm512_reduce_add_epi64(a)); }
+  // Sums that may pass the largest number and begin anew: the intrinsics that reduce vectors are
+  // additions of signed numbers in GCC's headers, for which that is an error.
+  static KT_INLINE uint64_t fold(I a) {
+    alignas(64) uint64_t v[8];
+    _mm512_storeu_si512(v, a);
+    uint64_t sum = 0;
+    for (uint64_t each : v) sum += each;
+    return sum;
+  }
+  static KT_INLINE int32_t sum_i32(I a) {
+    const __m256i b = _mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
+    __m128i x = _mm_add_epi32(_mm256_castsi256_si128(b), _mm256_extracti128_si256(b, 1));
+    x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(x, _mm_shuffle_epi32(x, 0xb1)));
+  }
 
   // A float no smaller than any |v|, NaN if one of them is: the bit patterns of non-negative floats
   // order as integers, infinities above all numbers and NaNs above infinity.
@@ -126,7 +140,7 @@ struct Simd {
       __m256i q = _mm512_cvtepi32_epi16(n);
       q = _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(q, 0xd8), 0xd8);
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 16 * i), q);
-      sum[i] = _mm512_reduce_add_epi32(n);
+      sum[i] = sum_i32(n);
     }
   }
   // Rounds 32 values v * inverse to int8.
