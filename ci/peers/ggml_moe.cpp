@@ -13,7 +13,10 @@
 // and answers with one byte, '+', after 'w', and with the seconds (f64) and the result (f32
 // [tokens][HIDDEN]) after 'r'. Weights go where llama.cpp would put them, its repacking buffers
 // included; the graph is the one that it builds for Qwen3-MoE.
+#include <sys/prctl.h>
+
 #include <chrono>
+#include <csignal>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -191,6 +194,7 @@ void quiet(ggml_log_level level, const char* text, void*) {
 
 int main(int count, char** arguments) {
   if (count != 7) fail("expected THREADS TYPE HIDDEN INTERMEDIATE EXPERTS TOP_K");
+  prctl(PR_SET_PDEATHSIG, SIGKILL);  // stopped, it would not see the end of its input
   ggml_log_set(quiet, nullptr);
   const auto number = [&](int i) { return std::atoll(arguments[i]); };
   const Sizes sizes{number(3), number(4), number(5), number(6)};

@@ -5,7 +5,9 @@ python -m ktcore.bench.peers._kt_kernel THREADS FORMAT HIDDEN INTERMEDIATE EXPER
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import struct
 import sys
 import time
@@ -67,6 +69,8 @@ def make_layer(
 
 
 def main() -> None:
+    # Stopped, it would not see the end of its input: it dies with its parent (PR_SET_PDEATHSIG).
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     threads, format, *sizes = sys.argv[1:]
     hidden, intermediate, experts, top_k = map(int, sizes)
     # What the library prints must not get into the answers.
