@@ -21,6 +21,8 @@ import typer
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "examples"))
 
+import format_table  # noqa: E402
+
 PAGE = ROOT / "docs" / "peers.md"
 RESULTS = ROOT / "docs" / "benchmarks"
 BEGIN, END = "<!-- tables: examples/peer_table.py -->", "<!-- end of tables -->"
@@ -68,14 +70,14 @@ def table(run: Run) -> list[str]:
     peers = [name for name in settings["peers"] if any(name == who for *_, who in cells)]
     ahead = {(lead["format"], lead["tokens"]): lead for lead in run["ahead"]}
     head = ["format", "tokens", "ktcore, ms", "limit", "ahead", *(f"{p}, ms" for p in peers)]
-    lines = [row(head), row(["---", *["---:"] * (len(head) - 1)])]
+    lines = [format_table.line(head), format_table.line(["---", *["---:"] * (len(head) - 1)])]
     for format in settings["formats"]:
         for tokens in settings["tokens"]:
             own = cells.get((format, tokens, OURS))
             lead = ahead.get((format, tokens))
             theirs = [cells.get((format, tokens, peer)) for peer in peers]
             lines.append(
-                row(
+                format_table.line(
                     [
                         f"`{format}`",
                         str(tokens),
@@ -94,18 +96,14 @@ def errors(run: Run) -> list[str]:
     cells, settings = measured(run), run["settings"]
     whos = [OURS, *settings["peers"]]
     whos = [who for who in whos if any(who == w for *_, w in cells)]
-    lines = [row(["error", *whos]), row(["---", *["---:"] * len(whos)])]
+    lines = [format_table.line(["error", *whos]), format_table.line(["---", *["---:"] * len(whos)])]
     for format in settings["formats"]:
         shown = []
         for who in whos:
             mine = [c for (f, _, w), c in cells.items() if (f, w) == (format, who)]
             shown.append(error(max(mine, key=lambda c: c["relative_error"] or 0)) if mine else "")
-        lines.append(row([f"`{format}`", *shown]))
+        lines.append(format_table.line([f"`{format}`", *shown]))
     return lines
-
-
-def row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def section(path: Path, run: Run) -> list[str]:
@@ -184,8 +182,6 @@ def plot(path: Path, run: Run) -> None:
 
 def main() -> None:
     """Write the tables and the plots."""
-    import format_table
-
     lines: list[str] = []
     for path in sorted(RESULTS.glob("peers-*.json")):
         run = json.loads(path.read_text("utf-8"))

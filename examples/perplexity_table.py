@@ -325,6 +325,8 @@ def rows(
 
 def markdown(found: list[Row], formats: list[Format]) -> str:
     """The tables; rows that were not computed say so."""
+    from format_table import line
+
     by_key = {(row["kind"], row["name"]): row for row in found}
     base = by_key.get(("format", "bf16"), {}).get("ktcore")
     head = ["", "bits", "ktcore", "of bf16's", "llama.cpp", "ktcore - llama.cpp", ""]
@@ -334,19 +336,17 @@ def markdown(found: list[Row], formats: list[Format]) -> str:
         ("llama.cpp's mixtures", "mixture", [(name, None) for name in MIXTURES]),
     ]
     for title, kind, names in wanted:
-        lines += [f"{title}:", "", _line(head), _line(["---", *["---:"] * 5, "---"])]
+        lines += [f"{title}:", "", line(head), line(["---", *["---:"] * 5, "---"])]
         for name, bits in names:
             row = by_key.get((kind, name))
             if row is None:
                 lines.append(
-                    _line(
-                        [f"`{name}`", "" if bits is None else f"{bits:.2f}", "not run", *[""] * 4]
-                    )
+                    line([f"`{name}`", "" if bits is None else f"{bits:.2f}", "not run", *[""] * 4])
                 )
                 continue
             ours, theirs = row["ktcore"], row["llama_cpp"]
             lines.append(
-                _line(
+                line(
                     [
                         f"`{name}`",
                         f"{row['bits']:.2f}",
@@ -360,10 +360,6 @@ def markdown(found: list[Row], formats: list[Format]) -> str:
             )
         lines.append("")
     return "\n".join(lines[:-1])
-
-
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 # --------------------------------------------------------------------------------------- command

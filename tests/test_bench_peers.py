@@ -14,7 +14,7 @@ import torch
 from ktcore.bench import measure, plan, report
 from ktcore.bench.measure import Bench, Cell, Round, Settings
 from ktcore.bench.peers import Peer, Session, llama_cpp, peers, timed
-from ktcore.bench.peers._process import CAN_PAUSE, Process
+from ktcore.bench.peers._process import Process, why_not
 from ktcore.bench.presets import Shape
 from ktcore.bench.workload import Call, make_workload
 from ktcore.cli import _run
@@ -165,11 +165,12 @@ PROGRAM = textwrap.dedent("""
 """)
 
 
-@pytest.mark.skipif(not CAN_PAUSE, reason="processes cannot be stopped here")
+@pytest.mark.skipif(bool(why_not()), reason="processes cannot be stopped here")
 def test_a_process_is_told_its_weights_and_calls_and_says_how_it_died():
-    workload = make_workload("moe", Shape(4, 32, 3, 2), "bf16", 0, 0.0)
+    shape = Shape(4, 32, 3, 2)
+    workload = make_workload("moe", shape, "bf16", 0, 0.0)
     weights = workload._layer_weights()
-    session = Process([sys.executable, "-c", PROGRAM], 4, lambda w: [w.parts["data"]])
+    session = Process([sys.executable, "-c", PROGRAM], shape, lambda w: [w.parts["data"]])
     try:
         session.add(weights)
         session.add(weights)

@@ -60,11 +60,6 @@ def evidence(backend: str, rungs: dict[str, str], machine: Machine) -> str:
     return rungs[instruction_set(backend, machine) if runs else next(iter(rungs))]
 
 
-def _kind(format: str) -> str:
-    """The dot product that a format's kernels use."""
-    return "bf16" if get_format(format).arithmetic == "bf16" else "int8"
-
-
 def _seconds(
     backend: str, machine: Machine, format: str, nbytes: float, operations: float
 ) -> float:
@@ -72,9 +67,10 @@ def _seconds(
     known = figures.load_cached(machine)
     read = figures.read_bandwidth(known, threads) * 1e9
     isa = instruction_set(backend, machine)
-    peak = figures.dot_peak(known, isa, _kind(format), threads) * 1e9
+    kind = get_format(format).dot_kind
+    peak = figures.dot_peak(known, isa, kind, threads) * 1e9
     # Integer formats multiply 16 bits, at half the rate of bytes.
-    slowdown = 1 if _kind(format) == "bf16" else 2
+    slowdown = 1 if kind == "bf16" else 2
     return CALL_SECONDS + max(nbytes / read, slowdown * operations / peak)
 
 

@@ -159,11 +159,6 @@ def best_isa() -> str:
     return usable[-1] if usable else ""
 
 
-def peak_kind(format: str) -> str:
-    """Of dot products that a format's arithmetic is held against."""
-    return "bf16" if get_format(format).arithmetic == "bf16" else "int8"
-
-
 class Bench:
     """A benchmark: made, then `run` once.
 
@@ -235,7 +230,7 @@ class Bench:
             for tokens in s.tokens
         ]
         return cells + [
-            Cell(name, format, tokens, best_isa(), peak_kind(format), is_peer=True)
+            Cell(name, format, tokens, best_isa(), get_format(format).dot_kind, is_peer=True)
             for format in s.formats
             for name in s.peers
             for tokens in s.tokens
@@ -249,7 +244,7 @@ class Bench:
         known = {isa["name"] for isa in (_native.ext.isas() if _native.ext is not None else ())}
         detail = mine[0].detail(machine) if mine else ""
         isa = detail if detail in known else best_isa()
-        cell = Cell(backend, format, tokens, isa, peak_kind(format))
+        cell = Cell(backend, format, tokens, isa, get_format(format).dot_kind)
         request = registry.Request(
             op=s.op,
             format=format,

@@ -152,6 +152,11 @@ class Format(abc.ABC):
     tolerance: float
     exact_tolerance: float = 5e-4
 
+    @property
+    def dot_kind(self) -> str:
+        """The dot product whose peak bounds default kernels, "bf16" or "int8"."""
+        return "bf16" if self.arithmetic == "bf16" else "int8"
+
     @abc.abstractmethod
     def part_specs(self, shape: Shape) -> dict[str, tuple[Shape, torch.dtype]]:
         """Shape and dtype of each part of a weight of a logical shape."""

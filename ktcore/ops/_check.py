@@ -52,6 +52,11 @@ def as_type(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value if value.dtype is dtype else value.to(dtype)
 
 
+def detached(value: Tensor) -> Tensor:
+    """`value.detach()`, likewise: inside an operator nothing is to be recorded."""
+    return value.detach() if value.requires_grad else value
+
+
 def rows_dense(value: Tensor) -> Tensor:
     """`value` with neighbouring elements of a row side by side; rows themselves may be strided."""
     # An overlapping or backwards view would be legal to read, but kernels take row strides >= 0.

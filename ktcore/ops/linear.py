@@ -53,7 +53,7 @@ def linear(
 def _compute(x: Tensor, weight: int, bias: Tensor | None, exact: bool) -> Tensor:
     matrix = resolve(weight)
     assert isinstance(matrix, QuantTensor)
-    rows = _check.rows_dense(x.detach()).reshape(-1, x.shape[-1])
+    rows = _check.rows_dense(_check.detached(x)).reshape(-1, x.shape[-1])
     chosen = select(
         Request(
             op="linear",
@@ -66,7 +66,7 @@ def _compute(x: Tensor, weight: int, bias: Tensor | None, exact: bool) -> Tensor
             exact=exact,
         )
     )
-    y = chosen.run(rows, matrix, None if bias is None else bias.detach(), exact=exact)
+    y = chosen.run(rows, matrix, None if bias is None else _check.detached(bias), exact=exact)
     return y.reshape(*x.shape[:-1], matrix.shape[0])
 
 

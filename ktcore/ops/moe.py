@@ -104,7 +104,7 @@ def _compute(
         )
     )
     return chosen.run(
-        _check.rows_dense(hidden_states.detach() if hidden_states.requires_grad else hidden_states),
+        _check.rows_dense(_check.detached(hidden_states)),
         weights,
         _check.as_type(topk_ids, torch.int64),
         _check.as_type(topk_weights, torch.float32),

@@ -52,7 +52,7 @@ def make_layer(
         config.quant_config.zero_point = False
     shapes = {"gate": (intermediate, hidden), "up": (intermediate, hidden)}
     shapes["down"] = (hidden, intermediate)
-    kept = []
+    kept = []  # until the layer has taken its weights from their addresses
     with open(path, "rb") as file:
         for name, (rows, columns) in shapes.items():
             data, *scales = read_matrix(file, experts, rows, columns, format)

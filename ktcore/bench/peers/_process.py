@@ -23,32 +23,37 @@ import torch
 from torch import Tensor
 
 from ktcore.bench.peers import Session, Timed
+from ktcore.bench.presets import Shape
 from ktcore.bench.workload import Call
 from ktcore.weights import ExpertWeights, QuantTensor
 
-CAN_PAUSE = hasattr(signal, "SIGSTOP")
+
+def why_not() -> str:
+    """What this system lacks for such processes; "" if nothing."""
+    return "" if hasattr(signal, "SIGSTOP") else "needs a system on which processes can be stopped"
 
 
 class Process(Session):
     """A program at work.
 
     Args:
-        command: the program and its arguments.
-        hidden_size: H.
+        command: the program and its first arguments; the shape's sizes follow.
+        shape: of the layers.
         stored: what goes into the file for a matrix [E, O, I], one tensor after the other.
     """
 
     def __init__(
         self,
         command: Sequence[object],
-        hidden_size: int,
+        shape: Shape,
         stored: Callable[[QuantTensor], list[Tensor]],
     ):
-        self.hidden_size, self.stored = hidden_size, stored
+        self.hidden_size, self.stored = shape.hidden_size, stored
+        sizes = (shape.hidden_size, shape.intermediate_size, shape.num_experts, shape.top_k)
         self.name = str(command[0])
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `close`)
         self.process = subprocess.Popen(
-            [str(part) for part in command],
+            [str(part) for part in (*command, *sizes)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,

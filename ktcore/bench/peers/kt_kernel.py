@@ -9,7 +9,7 @@ import sys
 from torch import Tensor
 
 from ktcore.bench.peers import Peer, Session, _kt_kernel
-from ktcore.bench.peers._process import CAN_PAUSE, Process
+from ktcore.bench.peers._process import Process, why_not
 from ktcore.bench.presets import Shape
 from ktcore.formats import Format
 from ktcore.weights import QuantTensor
@@ -25,17 +25,16 @@ class KtKernel(Peer):
     formats = tuple(_kt_kernel.FORMATS)
 
     def missing(self) -> str:
-        if not CAN_PAUSE:
-            return "needs a system on which processes can be stopped"
+        if why := why_not():
+            return why
         return "" if importlib.util.find_spec("kt_kernel") else "kt-kernel is not installed"
 
     def version(self) -> str:
         return importlib.metadata.version("kt-kernel")
 
     def open(self, format: Format, shape: Shape, threads: int) -> Session:
-        sizes = (shape.hidden_size, shape.intermediate_size, shape.num_experts, shape.top_k)
-        command = (sys.executable, "-m", _kt_kernel.__name__, threads, format.name, *sizes)
-        return Process(command, shape.hidden_size, stored)
+        command = (sys.executable, "-m", _kt_kernel.__name__, threads, format.name)
+        return Process(command, shape, stored)
 
 
 PEERS = [KtKernel()]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ktcore.bench.peers import Peer, Session
-from ktcore.bench.peers._process import CAN_PAUSE, Process
+from ktcore.bench.peers._process import Process, why_not
 from ktcore.bench.presets import Shape
 from ktcore.formats import Codes, Format
 from ktcore.weights import QuantTensor
@@ -64,8 +64,8 @@ class LlamaCpp(Peer):
     formats = tuple(TYPES)
 
     def missing(self) -> str:
-        if not CAN_PAUSE:
-            return "needs a system on which processes can be stopped"
+        if why := why_not():
+            return why
         if program() is None:
             return (
                 f"{PROGRAM} is not built (python ci/peers.py), or {FOLDER} does not name its folder"
@@ -77,9 +77,8 @@ class LlamaCpp(Peer):
         return f"of llama-cpp-python {name}"
 
     def open(self, format: Format, shape: Shape, threads: int) -> Session:
-        sizes = (shape.hidden_size, shape.intermediate_size, shape.num_experts, shape.top_k)
-        command = (program(), threads, TYPES[format.name], *sizes)
-        return Process(command, shape.hidden_size, lambda weight: [as_blocks(weight)])
+        command = (program(), threads, TYPES[format.name])
+        return Process(command, shape, lambda weight: [as_blocks(weight)])
 
 
 PEERS = [LlamaCpp()]

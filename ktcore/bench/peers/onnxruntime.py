@@ -68,7 +68,6 @@ class QMoE(Session):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
         # Threads that wait by spinning would take the cores from whatever is measured next.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "1")
         options.add_session_config_entry("session.force_spinning_stop", "1")
         self.layers.append(
             onnxruntime.InferenceSession(
