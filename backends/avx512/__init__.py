@@ -12,7 +12,7 @@ from ktcore.dispatch.registry import Backend, Implementation
 EVIDENCE = {
     "avx512": "run on hardware",
     "avx512_vnni": "run on hardware",
-    "avx512_bf16": "run emulated",
+    "avx512_bf16": "run on hardware",
 }
 
 

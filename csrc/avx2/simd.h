@@ -51,6 +51,11 @@ struct Simd {
     const __m128 y = _mm_add_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
   }
+  static KT_INLINE float top(F a) {
+    const __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 y = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
+  }
 
   static KT_INLINE F load_bf16(const uint16_t* p) {
     const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -176,10 +181,23 @@ struct Simd {
   }
 
   // ---- dot products of two 16-bit weights with two 16-bit activations, per 32-bit lane
+  // dot_u8, of four unsigned bytes with four signed ones, is the fastest the unit does, for
+  // measuring it.
 #if defined(KTCORE_VNNI)
+#if defined(KT_ASM)
+  // As intrinsics, GCC copies sums from register to register.
+  static KT_INLINE I dot_i16(I acc, I w, I a) {
+    __asm__("%{vex%} vpdpwssd %2, %1, %0" : "+x"(acc) : "x"(w), "x"(a));
+    return acc;
+  }
+  static KT_INLINE I dot_u8(I acc, I w, I a) {
+    __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(w), "x"(a));
+    return acc;
+  }
+#else
   static KT_INLINE I dot_i16(I acc, I w, I a) { return _mm256_dpwssd_avx_epi32(acc, w, a); }
-  // Four unsigned bytes with four signed ones: the fastest the unit does, for measuring it.
   static KT_INLINE I dot_u8(I acc, I w, I a) { return _mm256_dpbusd_avx_epi32(acc, w, a); }
+#endif
 #else
   static KT_INLINE I dot_i16(I acc, I w, I a) {
     return _mm256_add_epi32(acc, _mm256_madd_epi16(w, a));

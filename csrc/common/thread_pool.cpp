@@ -30,7 +30,8 @@ constexpr int kSpins = 1000;
 ThreadPool::ThreadPool(int threads)
     : threads_(threads < 1 ? 1 : threads),
       // With more threads than cores a spinning thread holds the core that the work needs.
-      spins_(threads <= available_cpus() ? kSpins : 0) {
+      spins_(threads <= available_cpus() ? kSpins : 0),
+      shares_(new Share[static_cast<size_t>(threads_)]) {
   for (int i = 1; i < threads_; ++i) {
     alive_.fetch_add(1);
     std::thread([this, i] { worker(i); }).detach();
@@ -45,10 +46,13 @@ ThreadPool::~ThreadPool() {
 }
 
 void ThreadPool::work(int thread) {
-  for (;;) {
-    const int64_t i = next_.fetch_add(1, std::memory_order_relaxed);
-    if (i >= count_) return;
-    task_(context_, i, thread);
+  for (int k = 0; k < threads_; ++k) {
+    Share& share = shares_[(thread + k) % threads_];
+    for (;;) {
+      const int64_t i = share.next.fetch_add(1, std::memory_order_relaxed);
+      if (i >= share.end) break;
+      task_(context_, i, thread);
+    }
   }
 }
 
@@ -60,8 +64,10 @@ void ThreadPool::run(int64_t count, Task task, void* context) {
   }
   task_ = task;
   context_ = context;
-  count_ = count;
-  next_.store(0, std::memory_order_relaxed);
+  for (int t = 0; t < threads_; ++t) {
+    shares_[t].next.store(count * t / threads_, std::memory_order_relaxed);
+    shares_[t].end = count * (t + 1) / threads_;
+  }
   open_.store(true);
   epoch_.fetch_add(1);
   if (parked_.load() > 0) futex_wake_all(epoch_);

@@ -3,6 +3,8 @@
 // The caller works too, and never waits for a worker that has not started: it only waits for tasks
 // that somebody is in the middle of. So a worker which the operating system keeps off the core
 // (more threads than cores, a busy neighbour, a CPU quota) costs at most the task it holds.
+// Each thread begins with a run of neighbouring tasks of its own and then takes from the others' runs:
+// neighbours read neighbouring memory, and what is fetched ahead of one task is the next one's.
 // Idle workers spin for a few microseconds, because the next phase of the same operator usually
 // follows at once, and then park in the kernel: an idle process uses no CPU time.
 #pragma once
@@ -44,12 +46,17 @@ class ThreadPool {
   std::mutex mutex_;
   Buffer scratch_;
 
+  // The tasks that are a thread's own, which it takes first and in order.
+  struct alignas(64) Share {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+  };
+
   // What the current job is. Written only while no worker is inside.
   Task task_ = nullptr;
   void* context_ = nullptr;
-  int64_t count_ = 0;
+  const std::unique_ptr<Share[]> shares_;
 
-  alignas(64) std::atomic<int64_t> next_{0};
   alignas(64) std::atomic<uint32_t> epoch_{0};   // changes when a job opens or the pool stops
   alignas(64) std::atomic<uint32_t> inside_{0};  // workers that may touch the job's fields
   alignas(64) std::atomic<bool> open_{false};

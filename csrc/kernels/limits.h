@@ -19,13 +19,16 @@ static double spin_int8(int64_t iterations) {
   typename S::I acc[kChains];
   alignas(64) uint8_t bytes[64];
   for (int i = 0; i < 64; ++i) bytes[i] = static_cast<uint8_t>(129 + i);
-  const typename S::I w = S::load_i(bytes);
+  typename S::I w = S::load_i(bytes);
   KT_UNROLL
   for (int i = 0; i < kChains; ++i) acc[i] = S::set1_i32(i);
   const typename S::I a = S::set1_i32(0x01020304);
   for (int64_t n = 0; n < iterations; ++n) {
     KT_UNROLL
-    for (int i = 0; i < kChains; ++i) acc[i] = S::dot_u8(acc[i], w, a);
+    for (int i = 0; i < kChains; ++i) {
+      KT_IN_REGISTER(w);  // or a product that all chains share is computed once
+      acc[i] = S::dot_u8(acc[i], w, a);
+    }
   }
   typename S::I all = acc[0];
   for (int i = 1; i < kChains; ++i) all = S::xor_i(all, acc[i]);

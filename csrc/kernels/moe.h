@@ -131,7 +131,7 @@ static void down(const MoeJob& job, ThreadPool& pool) {
   // With many tokens, wide ranges: each range reads all encoded intermediate activations once.
   int64_t down_step = blocks_per_task(mid_block * (job.experts > 0 ? job.experts : 1));
   const int64_t wide = out_blocks / (4 * pool.size()) < 8 ? out_blocks / (4 * pool.size()) : 8;
-  if (job.pairs > 8 * job.experts && down_step < wide) down_step = wide;
+  if (down_step < wide) down_step = wide;
   parallel_for(pool, ceil_div(out_blocks, down_step), [&](int64_t task, int) {
     const int64_t begin = task * down_step;
     const int64_t end = begin + down_step < out_blocks ? begin + down_step : out_blocks;
