@@ -20,7 +20,10 @@ from _diagnosis import diagnose
 from _environment import SetupError
 
 VERSION = "0.3.36"  # of llama-cpp-python, which holds llama.cpp's source
-TOOLS = ("llama-perplexity", "llama-quantize", "llama-imatrix", "llama-tokenize")
+TOOLS = (
+    *("llama-bench", "llama-perplexity", "llama-quantize"),
+    *("llama-imatrix", "llama-tokenize"),
+)
 PEERS = _environment.ROOT / ".ktcore-peers"
 SOURCE = PEERS / f"llama_cpp_python-{VERSION}"
 BUILD = PEERS / f"llama.cpp-{VERSION}"

@@ -17,7 +17,7 @@ import os
 import pkgutil
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import TYPE_CHECKING, NamedTuple
@@ -29,7 +29,11 @@ from ktcore.dispatch.machine import Machine
 if TYPE_CHECKING:
     from ktcore.weights.packed_cache import Layout
 
-OPS = ("moe", "linear", "dequantize", "quantize", "route")
+OPS = (
+    *("moe", "linear", "dequantize", "quantize", "route"),
+    *("rms_norm", "rotary", "store_kv", "attention"),
+)
+WITHOUT_WEIGHTS = frozenset(("route", "rms_norm", "rotary", "store_kv", "attention"))
 ENTRY_POINTS = "ktcore.backends"
 
 
@@ -72,6 +76,7 @@ class Implementation:
         takes: whether it takes a format, by name: also one that a file defined, with a group size
             that none of the named ones has. By default those in `formats`.
         packs: the layout that it packs weights into at first use; None if it reads them as stored.
+        recordable: its calls can be recorded: see `ktcore.ops.recording`.
     """
 
     op: str
@@ -83,6 +88,7 @@ class Implementation:
     detail: Callable[[Machine], str] = lambda machine: ""
     takes: Callable[[str], bool] | None = None
     packs: Layout | None = None
+    recordable: bool = False
 
 
 @dataclass(frozen=True)
@@ -389,11 +395,32 @@ class use(contextlib.AbstractContextManager):
 # -------------------------------------------------------------------------------------- selection
 
 _choices: dict[tuple, Implementation] = {}
+_generation = 0  # how often they were forgotten
+_watcher: contextvars.ContextVar[Callable[[Implementation], None] | None] = contextvars.ContextVar(
+    "ktcore_watcher", default=None
+)
 
 
 def forget_choices() -> None:
     """Choose afresh: what is forced, or the machine, has changed."""
+    global _generation
+    _generation += 1
     _choices.clear()
+
+
+def choices() -> tuple:
+    """Equal as long as `select` answers as before."""
+    return _generation, *_used().items()
+
+
+@contextlib.contextmanager
+def watch_choices(see: Callable[[Implementation], None]) -> Iterator[None]:
+    """Within the block `see` is told of all that `select` chooses, on this thread or task."""
+    token = _watcher.set(see)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
 
 
 def _bucket(tokens: int) -> int:
@@ -412,6 +439,8 @@ def select(request: Request) -> Implementation:
     chosen = _choices.get(key)
     if chosen is None:
         chosen = _choices[key] = _choose(judged)
+    if (see := _watcher.get()) is not None:
+        see(chosen)
     return chosen
 
 
@@ -497,7 +526,7 @@ def explain(
     """Why an operator call would go where it goes.
 
     Args:
-        op: moe, linear, dequantize, quantize or route.
+        op: one of `OPS`.
         format: stored weight format, by name or alias, for operators with weights.
         tokens: number of tokens of the call.
         fields: any other field of `Request`: down_format, hidden_size, intermediate_size,
@@ -513,13 +542,15 @@ def explain(
         from ktcore.formats import get_format
 
         format = get_format(format).name
-    elif op != "route":
+    elif op not in WITHOUT_WEIGHTS:
         format = "bf16"
     if fields.get("down_format") is not None:
         from ktcore.formats import get_format
 
         fields["down_format"] = get_format(fields["down_format"]).name
-    request = Request(op=op, format=None if op == "route" else format, tokens=tokens, **fields)
+    if op in WITHOUT_WEIGHTS:
+        format = None
+    request = Request(op=op, format=format, tokens=tokens, **fields)
     # As `select` judges it: by size class.
     judged = _judged(request, tokens)
     candidates = tuple(_candidates(judged, _demanded(op)))

@@ -52,10 +52,90 @@ def _dequantize(**changes):
     return ops.dequantize(**{"weight": inputs.matrix("int8", 48, 65), **changes})
 
 
+def _rms_norm(**changes):
+    return ops.rms_norm(**{"x": torch.ones(3, 8), "weight": torch.ones(8), **changes})
+
+
+def _add_rms_norm(**changes):
+    given = {"x": torch.ones(3, 8), "residual": torch.ones(3, 8), "weight": torch.ones(8)}
+    return ops.add_rms_norm(**{**given, **changes})
+
+
+def _rotary(**changes):
+    given = {"x": torch.ones(3, 2, 8), "cos": torch.ones(5, 4), "sin": torch.ones(5, 4)}
+    return ops.rotary(**{**given, "positions": torch.tensor([0, 4, 2]), **changes})
+
+
+PAGES = {"key_pages": torch.zeros(4, 2, 8, 32), "value_pages": torch.zeros(4, 2, 32, 6)}
+
+
+def _store_kv(**changes):
+    given = {"key": torch.ones(3, 2, 8), "value": torch.ones(3, 2, 6), **PAGES}
+    return ops.store_kv(**{**given, "slots": torch.tensor([0, 127, -1]), **changes})
+
+
+def _attention(**changes):
+    given = {
+        "query": torch.ones(3, 4, 8),
+        **PAGES,
+        "page_table": torch.tensor([[0, 1], [2, 3]], dtype=torch.int32),
+        "lengths": torch.tensor([40, 5]),
+        "query_begin": torch.tensor([0, 2, 3]),
+    }
+    return ops.attention(**{**given, **changes})
+
+
 STACK = inputs.experts("int8", 5, 65, 48).gate
 
 # (operator, argument, a value that does not fit, the exception)
 WRONG = [
+    # ------------------------------------------------------------------- norms and rotation
+    (_rms_norm, "x", [1.0], TypeError),
+    (_rms_norm, "x", torch.ones(3, 8, dtype=torch.int32), TypeError),
+    (_rms_norm, "x", torch.tensor(1.0), ValueError),
+    (_rms_norm, "weight", torch.ones(7), ValueError),
+    (_rms_norm, "weight", torch.ones(8, 1), ValueError),
+    (_rms_norm, "weight", torch.ones(8, device="meta"), ValueError),
+    (_rms_norm, "eps", -1.0, ValueError),
+    (_rms_norm, "eps", float("nan"), ValueError),
+    (_rms_norm, "eps", "1", TypeError),
+    (_add_rms_norm, "residual", torch.ones(8), ValueError),
+    (_add_rms_norm, "residual", torch.ones(3, 8, dtype=torch.bfloat16), TypeError),
+    (_rotary, "x", torch.ones(3, 16), ValueError),
+    (_rotary, "cos", torch.ones(5, 5), ValueError),
+    (_rotary, "cos", torch.ones(5, 4, dtype=torch.bfloat16), TypeError),
+    (_rotary, "sin", torch.ones(4, 4), ValueError),
+    (_rotary, "positions", torch.tensor([0, 1]), ValueError),
+    (_rotary, "positions", torch.tensor([0, 1, 2], dtype=torch.int32), TypeError),
+    (_rotary, "positions", torch.tensor([0, 5, 2]), IndexError),
+    (_rotary, "positions", torch.tensor([0, -1, 2]), IndexError),
+    # ------------------------------------------------------------------- keys and values
+    (_store_kv, "key", torch.ones(3, 2, 7), ValueError),
+    (_store_kv, "key", torch.ones(3, 1, 8), ValueError),
+    (_store_kv, "value", torch.ones(2, 2, 6), ValueError),
+    (_store_kv, "value", torch.ones(3, 2, 6, dtype=torch.bfloat16), TypeError),
+    (_store_kv, "slots", torch.tensor([0, 1]), ValueError),
+    (_store_kv, "slots", torch.tensor([0.0, 1.0, 2.0]), TypeError),
+    (_store_kv, "slots", torch.tensor([0, 128, 1]), IndexError),
+    (_store_kv, "slots", torch.tensor([0, -2, 1]), IndexError),
+    (_store_kv, "key_pages", torch.zeros(4, 2, 8, 16), ValueError),
+    (_store_kv, "value_pages", torch.zeros(3, 2, 32, 6), ValueError),
+    (_store_kv, "value_pages", torch.zeros(4, 2, 32, 6, dtype=torch.float16), TypeError),
+    (_attention, "query", torch.ones(3, 8), ValueError),
+    (_attention, "query", torch.ones(3, 3, 8), ValueError),
+    (_attention, "query", torch.ones(3, 4, 7), ValueError),
+    (_attention, "key_pages", torch.zeros(2, 4, 8, 32).transpose(0, 1), ValueError),
+    (_attention, "page_table", torch.tensor([[0, 1], [2, 3]]), TypeError),
+    (_attention, "page_table", torch.tensor([[0, 4], [2, 3]], dtype=torch.int32), IndexError),
+    (_attention, "page_table", torch.tensor([[0, -1], [2, 3]], dtype=torch.int32), IndexError),
+    (_attention, "lengths", torch.tensor([40]), ValueError),
+    (_attention, "lengths", torch.tensor([65, 5]), IndexError),
+    (_attention, "lengths", torch.tensor([1, 5]), IndexError),
+    (_attention, "query_begin", torch.tensor([0, 3]), ValueError),
+    (_attention, "query_begin", torch.tensor([0, 2, 4]), IndexError),
+    (_attention, "query_begin", torch.tensor([1, 2, 3]), IndexError),
+    (_attention, "query_begin", torch.tensor([0, 2, 1]), IndexError),
+    (_attention, "scale", "1", TypeError),
     # ------------------------------------------------------------------------------ moe
     (_moe, "hidden_states", None, TypeError),
     (_moe, "hidden_states", [[1.0] * 65] * 3, TypeError),

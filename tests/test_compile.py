@@ -71,6 +71,22 @@ def test_opcheck_route(rng):
     )
 
 
+def test_opcheck_between_the_matrices(rng):
+    torch_ops = torch.ops.ktcore
+    x, weight = torch.randn(3, 2, 8, generator=rng), torch.randn(8, generator=rng)
+    _opcheck(torch_ops.rms_norm.default, (x, weight, 1e-6))
+    _opcheck(torch_ops.add_rms_norm.default, (x.bfloat16(), x.bfloat16(), weight, 1e-6))
+    cos, sin, positions = torch.ones(9, 4), torch.zeros(9, 4), torch.tensor([0, 8, 3])
+    _opcheck(torch_ops.rotary.default, (x, cos, sin, positions, True))
+    pages = torch.zeros(2, 2, 8, 32), torch.zeros(2, 2, 32, 8)
+    slots = torch.tensor([0, 33, -1])
+    _opcheck(torch_ops.store_kv.default, (x, x, *pages, slots))
+    table = torch.tensor([[1, 0]], dtype=torch.int32)
+    begin = torch.tensor([0, 3])
+    query = torch.randn(3, 4, 8, generator=rng)
+    _opcheck(torch_ops.attention.default, (query, *pages, table, torch.tensor([40]), begin, 0.3))
+
+
 def _block(experts, router):
     def block(x):
         ids, weights = ops.route(x @ router.T, 2)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import ktcore
-from ktcore.models import decoder, families, load_model, loading, perplexity
+from ktcore.models import families, kv_cache, load_model, loading, perplexity
 from ktcore.models.config import Yarn
 from ktcore.models.decoder import Mlp
 from ktcore.models.moe_layer import MoeLayer
@@ -80,6 +80,11 @@ def save_small(folder: Path, dtype: torch.dtype = torch.bfloat16, **options) -> 
             p.copy_(torch.randn(p.shape) * 0.2 + (1.0 if "norm" in name else 0.0))
     model.to(dtype).save_pretrained(folder, **options)
     return folder
+
+
+def exactly(model, ids, **options):
+    """Logits with float32 keys and values."""
+    return model(ids, model.new_cache(torch.float32), **options)
 
 
 IDS = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 97, 9, 3, 23, 84, 62, 64, 33])
@@ -169,8 +174,9 @@ def test_logits_are_those_of_transformers(variant, small):
     assert kinds == [Mlp, Mlp, Mlp, MoeLayer, Mlp]
     # bf16 dot products round activations (0.4 % a layer); everything else is float32.
     tolerance = 1e-5 if variant.backend == "reference" else 0.01
-    assert relative(model(IDS), expected) < tolerance
-    assert relative(model(IDS, last=True), expected[-1:]) < tolerance
+    assert relative(exactly(model, IDS), expected) < tolerance
+    assert relative(exactly(model, IDS, last=True), expected[-1:]) < tolerance
+    assert relative(model(IDS), expected) < max(tolerance, 1e-3)  # with float16 keys and values
 
 
 def test_sharded_checkpoint_is_the_same_model(small, tmp_path):
@@ -205,7 +211,7 @@ def test_float32_checkpoint_keeps_its_dense_weights(tmp_path):
                 p.copy_(p.bfloat16().float())
         expected = reference(IDS[None]).logits[0]
     with ktcore.use("reference"):
-        assert relative(load_model(tmp_path)(IDS), expected) < 1e-5
+        assert relative(exactly(load_model(tmp_path), IDS), expected) < 1e-5
 
 
 def test_large_projections_go_through_the_operator(variant, small, monkeypatch):
@@ -235,14 +241,44 @@ def test_format_quantises_the_experts_only(small):
 
 
 def test_cache_gives_what_a_full_pass_gives(variant, small, monkeypatch):
-    monkeypatch.setattr(decoder, "CHUNK", 4)  # so that it grows, several times
+    monkeypatch.setattr(kv_cache, "CHUNK", 1)  # so that it grows
     model = load_model(small)
-    expected = model(IDS)
+    ids = IDS.repeat(3)
+    expected = model(ids)
     cache = model.new_cache()
-    pieces = [model(part, cache) for part in IDS.split([3, 1, 1, 6, 1, 1, 7])]
-    assert cache.length == len(IDS) <= cache.capacity <= SMALL["max_position_embeddings"]
+    pieces = [model(part, cache) for part in ids.split([3, 1, 1, 6, 1, 1, 18, 1, 1, 1, 1, 25])]
+    assert cache.length == len(ids) <= cache.capacity <= SMALL["max_position_embeddings"]
+    assert cache.moved == 2
     # Where activations are rounded to bf16, attention's last bits may tip one over.
     assert relative(torch.cat(pieces), expected) < (1e-5 if variant.backend != "avx512" else 2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_recorded_step_is_the_step(variant, dtype):
+    """Bit for bit, also where the cache has moved, or another backend was chosen meanwhile."""
+    model = load_model(format="int4")
+    ids = torch.arange(40) * 7 % model.config.vocab_size
+    plain, recorded = (model.new_cache(dtype) for _ in range(2))
+    for i in range(len(ids)):
+        plain.recorded = None
+        expected, got = (model(ids[i : i + 1], cache) for cache in (plain, recorded))
+        assert torch.equal(got, expected)
+        if i == 20:
+            recorded.reserve(recorded.capacity)
+        if i in (10, 21):
+            assert recorded.recorded.recording.why_not is None or variant.backend == "reference"
+        if i == 30:
+            with ktcore.use("reference"):
+                other = model(ids[:1], recorded)
+            assert "reference" in recorded.recorded.recording.why_not
+            assert other.isfinite().all()
+            recorded.length -= 1
+    assert model(ids[:3], recorded).isfinite().all()
+
+
+def test_keys_and_values_are_of_a_floating_type():
+    with pytest.raises(ValueError, match="dtype: expected float16, bfloat16 or float32, got"):
+        load_model().new_cache(torch.int8)
 
 
 def test_context_is_a_limit(small):
@@ -446,7 +482,7 @@ def test_yarn_as_in_transformers(tmp_path, changes):
         rotary = model.decoder.rotary
         assert torch.equal(rotary.frequencies, reference.model.rotary_emb.inv_freq)
         assert rotary.scale == reference.model.rotary_emb.attention_scaling
-        assert relative(model(ids), expected) < 1e-5
+        assert relative(exactly(model, ids), expected) < 1e-5
 
 
 def test_yarn_as_transformers_4_writes_it(tmp_path):

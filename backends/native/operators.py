@@ -19,6 +19,7 @@ from ktcore.dispatch import figures, probe
 from ktcore.dispatch.machine import Machine
 from ktcore.dispatch.registry import Implementation, Request
 from ktcore.formats import format_names, get_format
+from ktcore.ops._check import rows_dense
 from ktcore.weights import ExpertWeights, QuantTensor
 
 FORMATS = tuple(name for name in format_names() if is_packable(get_format(name)))
@@ -100,6 +101,33 @@ def _route_fits(request: Request, machine: Machine) -> str | None:
     if request.num_experts > MAX_EXPERTS:
         return f"takes at most {MAX_EXPERTS} experts, not {request.num_experts}"
     return _on_cpu(request, machine)
+
+
+def heads_of(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+    """x [..., N] as [tokens, heads, N], a matrix with one head; and its address and both strides.
+
+    What is returned may be a copy, and must be kept while the address is used.
+    """
+    if x.dim() != 3:
+        x = x.reshape(-1, 1, x.shape[-1]) if x.dim() < 3 else x.reshape(-1, *x.shape[-2:])
+    x = rows_dense(x)
+    return x, (x.data_ptr(), x.stride(0), x.stride(1))
+
+
+def pages_of(key_pages: Tensor, value_pages: Tensor) -> tuple[int, ...]:
+    """Pages of keys and values, as the extension takes them."""
+    pages, heads, key_size, _ = key_pages.shape
+    return (
+        key_pages.data_ptr(),
+        value_pages.data_ptr(),
+        DTYPES[key_pages.dtype],
+        pages,
+        heads,
+        key_size,
+        value_pages.shape[3],
+        key_pages.stride(0),
+        value_pages.stride(0),
+    )
 
 
 def operators(backend: str) -> list[Implementation]:
@@ -249,21 +277,110 @@ def operators(backend: str) -> list[Implementation]:
             )
         return ids, weights
 
+    def rms_norm(
+        x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor | None]:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        total = None if residual is None else torch.empty_like(out)
+        if x.numel():
+            x, x_at = heads_of(x)
+            residual_at = (0, 0, 0)
+            if residual is not None:
+                residual, residual_at = heads_of(residual)
+            ext.rms_norm(
+                isa(),
+                *x_at,
+                *residual_at,
+                0 if total is None else total.data_ptr(),
+                out.data_ptr(),
+                DTYPES[x.dtype],
+                *x.shape,
+                weight.data_ptr(),
+                eps,
+            )
+        return out, total
+
+    def rotary(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        if x.numel():
+            x, x_at = heads_of(x)
+            ext.rotary(
+                isa(),
+                *x_at,
+                out.data_ptr(),
+                DTYPES[x.dtype],
+                *x.shape,
+                2 * cos.shape[1],
+                cos.data_ptr(),
+                sin.data_ptr(),
+                cos.shape[0],
+                positions.data_ptr(),
+                interleaved,
+            )
+        return out
+
+    def store_kv(
+        key: Tensor, value: Tensor, key_pages: Tensor, value_pages: Tensor, slots: Tensor
+    ) -> None:
+        if key.numel():
+            key, key_at = heads_of(key)
+            value, value_at = heads_of(value)
+            ext.store_kv(
+                isa(),
+                *key_at,
+                *value_at,
+                DTYPES[key.dtype],
+                key.shape[0],
+                pages_of(key_pages, value_pages),
+                slots.data_ptr(),
+            )
+
+    def attention(
+        query: Tensor,
+        key_pages: Tensor,
+        value_pages: Tensor,
+        page_table: Tensor,
+        lengths: Tensor,
+        query_begin: Tensor,
+        scale: float,
+    ) -> Tensor:
+        query, query_at = heads_of(query)
+        out = torch.empty((*query.shape[:2], value_pages.shape[3]), dtype=query.dtype)
+        ext.attention(
+            isa(),
+            *query_at,
+            out.data_ptr(),
+            DTYPES[query.dtype],
+            *query.shape[:2],
+            pages_of(key_pages, value_pages),
+            page_table.data_ptr(),
+            page_table.shape[1],
+            lengths.data_ptr(),
+            query_begin.data_ptr(),
+            page_table.shape[0],
+            scale,
+        )
+        return out
+
     def flat(request: Request, machine: Machine) -> float:
         return CALL_SECONDS + 1e-8 * request.tokens
 
     def packable(format: str) -> bool:
         return is_packable(get_format(format))
 
-    def implementation(op, formats, run, cost, supports=_on_cpu, takes=None, packs=None):
+    def implementation(op, formats, run, cost, supports=_on_cpu, **more):
         detail = partial(instruction_set, backend)
-        return Implementation(op, backend, formats, run, cost, supports, detail, takes, packs)
+        return Implementation(op, backend, formats, run, cost, supports, detail, **more)
 
-    packed = {"takes": packable, "packs": layout()}
+    packed = {"takes": packable, "packs": layout(), "recordable": True}
     return [
         implementation("moe", FORMATS, moe, partial(_moe_cost, backend), **packed),
         implementation("linear", FORMATS, linear, partial(_linear_cost, backend), **packed),
         implementation("dequantize", CONVERTED, dequantize, flat),
         implementation("quantize", CONVERTED, quantize, flat),
-        implementation("route", (), route, flat, _route_fits),
+        implementation("route", (), route, flat, _route_fits, recordable=True),
+        implementation("rms_norm", (), rms_norm, flat, recordable=True),
+        implementation("rotary", (), rotary, flat, recordable=True),
+        implementation("store_kv", (), store_kv, flat, recordable=True),
+        implementation("attention", (), attention, flat, recordable=True),
     ]

@@ -128,6 +128,114 @@ def route(
     return ids, weights * scale
 
 
+def rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor | None]:
+    total = None if residual is None else x + residual
+    rows = (x if total is None else total).to(torch.float32)
+    # As rows over hypot(|row|, sqrt(N eps)), times sqrt(N): fewer operators than the plain form.
+    size = x.shape[-1]
+    floor = torch.tensor((size * eps) ** 0.5, device=x.device)
+    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).hypot_(floor)
+    return (rows / norm).mul_(size**0.5 * weight).to(x.dtype), total
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
+    check_index("positions", positions, cos.shape[0])
+    cos, sin = cos[positions, None], sin[positions, None]  # [T, 1, R / 2]
+    size = 2 * cos.shape[-1]
+    turned, rest = x[..., :size].to(torch.float32), x[..., size:]
+    if interleaved:
+        a, b = turned.unflatten(-1, (-1, 2)).unbind(-1)
+    else:
+        a, b = turned.chunk(2, -1)
+    pair = (a * cos - b * sin, b * cos + a * sin)
+    turned = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
+    return torch.cat((turned.to(x.dtype), rest), -1)
+
+
+def check_index(name: str, values: Tensor, end: int, least: int = 0) -> None:
+    """Raises IndexError unless all [T] values are from `least` to end - 1."""
+    if len(values) == 0:
+        return
+    low, high = torch.aminmax(values)
+    if low < least or high >= end:
+        i = int(((values < least) | (values >= end)).nonzero()[0])
+        raise IndexError(f"{name}[{i}] is {int(values[i])}; expected {least} to {end - 1}")
+
+
+def store_kv(
+    key: Tensor, value: Tensor, key_pages: Tensor, value_pages: Tensor, slots: Tensor
+) -> None:
+    size = key_pages.shape[3]
+    check_index("slots", slots, size * key_pages.shape[0], -1)
+    stored = slots >= 0
+    page, at = slots[stored] // size, slots[stored] % size
+    for pages, tokens, place in (
+        (key_pages, key, (page, slice(None), slice(None), at)),
+        (value_pages, value, (page, slice(None), at)),
+    ):
+        tokens = tokens[stored]
+        if pages.dtype == torch.float16:
+            most = torch.finfo(torch.float16).max
+            tokens = tokens.clamp(-most, most) + (tokens - tokens)
+        pages[place] = tokens.to(pages.dtype)
+
+
+def attention(
+    query: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    query_begin: Tensor,
+    scale: float,
+) -> Tensor:
+    tokens, heads, _ = query.shape
+    pages, kv_heads, key_size, page = key_pages.shape
+    begins = query_begin.tolist()
+    out = query.new_empty(tokens, heads, value_pages.shape[3])
+    if begins[0] != 0 or begins[-1] != tokens:
+        raise IndexError(f"query_begin: expected 0 first and {tokens} last, got {begins}")
+    for s, length in enumerate(lengths.tolist()):
+        count = begins[s + 1] - begins[s]
+        most = page_table.shape[1] * page
+        if count < 0:
+            raise IndexError(
+                f"query_begin[{s + 1}] is {begins[s + 1]}; expected no less than before"
+            )
+        if not count <= length <= most:
+            raise IndexError(f"lengths[{s}] is {length}; expected {count} to {most}")
+        if count == 0:
+            continue
+        table = page_table[s, : -(-length // page)]
+        check_index("page_table", table, pages)
+        keys = key_pages[table].permute(1, 0, 3, 2).reshape(kv_heads, -1, key_size)
+        values = value_pages[table].transpose(0, 1).flatten(1, 2)
+        q = query[begins[s] : begins[s + 1]].to(torch.float32).transpose(0, 1)
+
+        def attend(first: int, end: int, positions: int, q=q, keys=keys, values=values) -> Tensor:
+            n = end - first
+            seen = torch.ones(n, positions, dtype=torch.bool, device=q.device)
+            return F.scaled_dot_product_attention(
+                q[None, :, first:end],
+                keys[None, :, :positions].to(torch.float32),
+                values[None, :, :positions].to(torch.float32),
+                attn_mask=None if n == 1 else seen.tril_(positions - n),
+                scale=scale,
+                enable_gqa=heads != kv_heads,
+            )[0]
+
+        if count > 1 and not values[:, :length].isfinite().all():
+            # What a token does not see must not spoil it by being no number.
+            each = [attend(t, t + 1, length - count + t + 1) for t in range(count)]
+            mixed = torch.cat(each, 1)
+        else:
+            mixed = attend(0, count, length)
+        out[begins[s] : begins[s + 1]] = mixed.transpose(0, 1).to(out.dtype)
+    return out
+
+
 def _moe_cost(request: Request, machine: Machine) -> float:
     per_expert = 3 * request.hidden_size * request.intermediate_size
     pairs = request.tokens * request.top_k
@@ -164,5 +272,14 @@ def operators() -> list[Implementation]:
         implementation("linear", linear, _linear_cost),
         implementation("dequantize", dequantize, _flat_cost),
         implementation("quantize", quantize, _flat_cost),
-        Implementation("route", "reference", (), route, _flat_cost),
+        *(
+            Implementation(op, "reference", (), run, _flat_cost)
+            for op, run in (
+                ("route", route),
+                ("rms_norm", rms_norm),
+                ("rotary", rotary),
+                ("store_kv", store_kv),
+                ("attention", attention),
+            )
+        ),
     ]

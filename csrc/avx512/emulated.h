@@ -149,6 +149,13 @@ static inline float reduce_add_ps(F512 a) {
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
+static inline float reduce_max_ps(F512 a) {
+  float v[16];
+  storeu_ps(v, a);
+  float most = v[0];
+  for (float x : v) most = x > most ? x : most;
+  return most;
+}
 static inline __m256i castsi512_si256(I512 a) { return a.lo; }
 template <int N>
 static inline __m256i extracti64x4_epi64(I512 a) {
@@ -237,6 +244,7 @@ static inline F512 dpbf16_ps(F512 acc, I512 a, I512 b) {
 #define _mm512_or_si512 ::ktcore::emulated::or_si512
 #define _mm512_reduce_add_ps ::ktcore::emulated::reduce_add_ps
 #define _mm512_reduce_max_epi32 ::ktcore::emulated::reduce_max_epi32
+#define _mm512_reduce_max_ps ::ktcore::emulated::reduce_max_ps
 #define _mm512_roundscale_ps(a, r) ::ktcore::emulated::roundscale_ps<r>(a)
 #define _mm512_scalef_ps ::ktcore::emulated::scalef_ps
 #define _mm512_set1_epi16 ::ktcore::emulated::set1_epi16

@@ -43,6 +43,7 @@ struct Simd {
   static KT_INLINE F ldexp(F a, F n) { return _mm512_scalef_ps(a, n); }
   static KT_INLINE F to_f32(I a) { return _mm512_cvtepi32_ps(a); }
   static KT_INLINE float sum(F a) { return _mm512_reduce_add_ps(a); }
+  static KT_INLINE float top(F a) { return _mm512_reduce_max_ps(a); }
 
   static KT_INLINE F load_bf16(const uint16_t* p) {
     const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));

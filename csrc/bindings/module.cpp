@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <chrono>
+#include <functional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -155,6 +157,69 @@ void def_memory(py::class_<Packed>& c) {
         return py::buffer_info(self.buffer.data(), static_cast<py::ssize_t>(self.buffer.size()),
                                /*readonly=*/true);
       });
+}
+
+// A number of operator calls, to be made again and again with the same arguments: what they point to may
+// change in between, as captured graphs of accelerators have it.
+class Recording {
+ public:
+  // Adds a call that reads `weights`, which this keeps alive.
+  void add(std::function<void()> call, std::vector<py::object> weights) {
+    calls_.push_back(std::move(call));
+    for (py::object& each : weights) weights_.push_back(std::move(each));
+  }
+  void run() const {
+    for (const auto& call : calls_) call();
+  }
+  // The same, with the seconds that each takes.
+  std::vector<double> time() const {
+    std::vector<double> out;
+    for (const auto& call : calls_) {
+      const auto start = std::chrono::steady_clock::now();
+      call();
+      out.push_back(
+          std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    }
+    return out;
+  }
+  size_t size() const { return calls_.size(); }
+
+ private:
+  std::vector<std::function<void()>> calls_;
+  std::vector<py::object> weights_;
+};
+
+// Where this thread's calls are added, beside being made.
+thread_local Recording* t_recording = nullptr;
+
+template <class Call, class... Weights>
+void perform(Call call, const Weights&... weights) {
+  if (t_recording != nullptr) t_recording->add(call, {py::cast(weights)...});
+  py::gil_scoped_release release;
+  call();
+}
+
+ConstHeads heads_of(uintptr_t data, int64_t stride, int64_t head_stride, DType type) {
+  return {pointer<const void>(data), stride, head_stride, type};
+}
+Heads out_heads_of(uintptr_t data, int64_t stride, int64_t head_stride, DType type) {
+  return {pointer<void>(data), stride, head_stride, type};
+}
+
+// keys, values, dtype, pages, heads, key_size, value_size, key_stride, value_stride
+using PagesArguments =
+    std::tuple<uintptr_t, uintptr_t, int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
+
+KvPages pages_of(const PagesArguments& a) {
+  return {pointer<void>(std::get<0>(a)),
+          pointer<void>(std::get<1>(a)),
+          dtype_of(std::get<2>(a)),
+          std::get<3>(a),
+          std::get<4>(a),
+          std::get<5>(a),
+          std::get<6>(a),
+          std::get<7>(a),
+          std::get<8>(a)};
 }
 
 }  // namespace
@@ -382,8 +447,7 @@ PYBIND11_MODULE(_C, m) {
                        static_cast<Activation>(activation),
                        exact};
     const KernelTable& table = kernels(isa);
-    py::gil_scoped_release release;
-    moe(table, args);
+    perform([&table, args] { moe(table, args); }, experts);
   });
 
   m.def("linear", [](const std::string& isa, const PackedMatrix& weight, uintptr_t x, int dtype,
@@ -397,8 +461,7 @@ PYBIND11_MODULE(_C, m) {
                           pointer<const float>(bias),
                           exact};
     const KernelTable& table = kernels(isa);
-    py::gil_scoped_release release;
-    linear(table, args);
+    perform([&table, args] { linear(table, args); }, weight);
   });
 
   m.def("route", [](const std::string& isa, uintptr_t logits, int64_t stride, int64_t tokens,
@@ -420,9 +483,100 @@ PYBIND11_MODULE(_C, m) {
                        pointer<int64_t>(ids),
                        pointer<float>(weights)};
     const KernelTable& table = kernels(isa);
-    py::gil_scoped_release release;
-    route(table, job);
+    perform([&table, job] { route(table, job); });
   });
+
+  m.def("rms_norm", [](const std::string& isa, uintptr_t x, int64_t x_stride, int64_t x_head_stride,
+                       uintptr_t residual, int64_t residual_stride, int64_t residual_head_stride,
+                       uintptr_t sum, uintptr_t out, int dtype, int64_t tokens, int64_t heads,
+                       int64_t size, uintptr_t weight, float eps) {
+    const DType type = dtype_of(dtype);
+    const NormJob job{heads_of(x, x_stride, x_head_stride, type),
+                      heads_of(residual, residual_stride, residual_head_stride, type),
+                      out_heads_of(sum, heads * size, size, type),
+                      out_heads_of(out, heads * size, size, type),
+                      tokens,
+                      heads,
+                      size,
+                      pointer<const float>(weight),
+                      eps};
+    const KernelTable& table = kernels(isa);
+    perform([&table, job] { rms_norm(table, job); });
+  });
+
+  m.def("rotary", [](const std::string& isa, uintptr_t x, int64_t x_stride, int64_t x_head_stride,
+                     uintptr_t out, int dtype, int64_t tokens, int64_t heads, int64_t head_size,
+                     int64_t rotary_size, uintptr_t cos, uintptr_t sin, int64_t table_positions,
+                     uintptr_t positions, bool interleaved) {
+    const DType type = dtype_of(dtype);
+    const RotaryJob job{heads_of(x, x_stride, x_head_stride, type),
+                        out_heads_of(out, heads * head_size, head_size, type),
+                        tokens,
+                        heads,
+                        head_size,
+                        rotary_size,
+                        pointer<const float>(cos),
+                        pointer<const float>(sin),
+                        table_positions,
+                        pointer<const int64_t>(positions),
+                        interleaved};
+    const KernelTable& table = kernels(isa);
+    perform([&table, job] { rotary(table, job); });
+  });
+
+  m.def("store_kv",
+        [](const std::string& isa, uintptr_t key, int64_t key_stride, int64_t key_head_stride,
+           uintptr_t value, int64_t value_stride, int64_t value_head_stride, int dtype,
+           int64_t tokens, const PagesArguments& pages, uintptr_t slots) {
+          const DType type = dtype_of(dtype);
+          const StoreKvJob job{heads_of(key, key_stride, key_head_stride, type),
+                               heads_of(value, value_stride, value_head_stride, type), tokens,
+                               pages_of(pages), pointer<const int64_t>(slots)};
+          const KernelTable& table = kernels(isa);
+          perform([&table, job] { store_kv(table, job); });
+        });
+
+  m.def("attention",
+        [](const std::string& isa, uintptr_t query, int64_t query_stride, int64_t query_head_stride,
+           uintptr_t out, int dtype, int64_t tokens, int64_t heads, const PagesArguments& pages,
+           uintptr_t page_table, int64_t table_stride, uintptr_t lengths, uintptr_t query_begin,
+           int64_t sequences, float scale) {
+          const DType type = dtype_of(dtype);
+          const KvPages kv = pages_of(pages);
+          const AttentionArgs args{heads_of(query, query_stride, query_head_stride, type),
+                                   out_heads_of(out, heads * kv.value_size, kv.value_size, type),
+                                   tokens,
+                                   heads,
+                                   kv,
+                                   pointer<const int32_t>(page_table),
+                                   table_stride,
+                                   pointer<const int64_t>(lengths),
+                                   pointer<const int64_t>(query_begin),
+                                   sequences,
+                                   scale};
+          const KernelTable& table = kernels(isa);
+          perform([&table, args] { attention(table, args); });
+        });
+  m.attr("page_positions") = kPagePositions;
+
+  py::class_<Recording>(m, "Recording", "Operator calls that can be made again.")
+      .def(py::init<>())
+      .def("__len__", &Recording::size)
+      .def(
+          "start", [](Recording& self) { t_recording = &self; },
+          "From now on this thread's calls are added, beside being made.")
+      .def_static("stop", [] { t_recording = nullptr; })
+      .def(
+          "time",
+          [](const Recording& self) {
+            py::gil_scoped_release release;
+            return self.time();
+          },
+          "Makes them, and says how many seconds each takes.")
+      .def("run", [](const Recording& self) {
+        py::gil_scoped_release release;
+        self.run();
+      });
 
   m.def("dequantize", [](const std::string& isa, const std::string& format, int64_t rows,
                          int64_t cols, uintptr_t data, uintptr_t scales, uintptr_t out, int dtype) {

@@ -99,14 +99,6 @@ const std::vector<CpuFeature>& cpu_features() {
   return features;
 }
 
-bool cpu_is_intel() {
-#if defined(__x86_64__) || defined(_M_X64)
-  return cpuid(0, 0).r[EBX] == 0x756e6547u;  // "Genu" of "GenuineIntel"
-#else
-  return false;
-#endif
-}
-
 bool cpu_has(const std::string& name) {
   for (const CpuFeature& f : cpu_features()) {
     if (name == f.name) return f.usable();

@@ -17,6 +17,5 @@ struct CpuFeature {
 
 const std::vector<CpuFeature>& cpu_features();
 bool cpu_has(const std::string& name);
-bool cpu_is_intel();
 
 }  // namespace ktcore

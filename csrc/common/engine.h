@@ -29,9 +29,27 @@ struct LinearArgs {
   bool exact;
 };
 
+struct AttentionArgs {
+  ConstHeads query;
+  Heads out;
+  int64_t tokens, heads;
+  KvPages pages;
+  // All of these are checked: throws std::out_of_range, naming the argument.
+  const int32_t* page_table;  // [sequences, table_stride]
+  int64_t table_stride;
+  const int64_t* lengths;      // [sequences]
+  const int64_t* query_begin;  // [sequences + 1], from 0 to tokens
+  int64_t sequences;
+  float scale;
+};
+
 void moe(const KernelTable& kernels, const MoeArgs& args);
 void linear(const KernelTable& kernels, const LinearArgs& args);
 void route(const KernelTable& kernels, const RouteJob& job);
+void rms_norm(const KernelTable& kernels, const NormJob& job);
+void rotary(const KernelTable& kernels, const RotaryJob& job);     // checks the positions
+void store_kv(const KernelTable& kernels, const StoreKvJob& job);  // checks the slots
+void attention(const KernelTable& kernels, const AttentionArgs& args);
 void dequantize(const KernelTable& kernels, const DequantizeJob& job);
 void quantize(const KernelTable& kernels, const QuantizeJob& job);
 

@@ -76,6 +76,79 @@ struct RouteJob {
   float* weights;
 };
 
+// Normalises rows of `size` over their root mean square: of x, or of x + residual, which goes to `sum`.
+struct NormJob {
+  ConstHeads x;
+  ConstHeads residual;  // data may be null
+  Heads sum, out;
+  int64_t tokens, heads, size;
+  const float* weight;  // [size]
+  float eps;
+};
+
+// Rotates pairs of the first `rotary_size` columns of every head by its token's position.
+struct RotaryJob {
+  ConstHeads x;
+  Heads out;  // may be x
+  int64_t tokens, heads, head_size, rotary_size;
+  const float *cos, *sin;  // [positions, rotary_size / 2]
+  int64_t table_positions;
+  const int64_t* positions;  // [tokens]
+  bool interleaved;          // pairs are neighbours; else the halves of the columns
+};
+
+// Keys and values in pages of kPagePositions positions: keys [page, head, key_size, position], so that a
+// vector holds one column of neighbouring positions; values [page, head, position, value_size].
+struct KvPages {
+  void* keys;
+  void* values;
+  DType dtype;
+  int64_t pages, heads, key_size, value_size;
+  int64_t key_stride, value_stride;  // elements from page to page
+};
+
+struct StoreKvJob {
+  ConstHeads key, value;
+  int64_t tokens;
+  KvPages pages;
+  const int64_t* slots;  // [tokens]: page * kPagePositions + position in it; -1: not stored
+};
+
+// Rows (token, head) of one sequence that share a head of keys and values, up to kAttentionRows.
+struct AttentionTile {
+  int32_t sequence, kv_head, rows;
+  int32_t spans;       // of positions that they see
+  int64_t first;       // token * group + head in the group
+  int64_t first_part;  // number of its first span's part, where spans are shared out
+};
+
+struct AttentionJob {
+  ConstHeads query;
+  Heads out;
+  int64_t tokens, heads;
+  KvPages pages;
+  const int32_t* page_table;  // [sequences, table_stride]
+  int64_t table_stride;
+  const int64_t* lengths;      // [sequences], of positions, those of the queries included
+  const int64_t* query_begin;  // [sequences + 1], in tokens
+  float scale;
+  const AttentionTile* tiles;
+  int64_t tile_count;
+  int64_t parts;             // how many spans of tiles are shared out; 0: every tile is one task
+  float* part;               // their results, attention_part_floats() each
+  float* work;               // attention_work_floats() for every thread
+  const int64_t* part_tile;  // [parts]
+};
+
+// Floats of a tile's sums over a span, and of a thread's own memory.
+static constexpr int64_t attention_part_floats(const KvPages& pages) {
+  return kAttentionRows * (2 + round_up(pages.value_size, kGroup));
+}
+static constexpr int64_t attention_work_floats(const KvPages& pages) {
+  return 2 * attention_part_floats(pages) + kAttentionRows * (pages.key_size + kPagePositions) +
+         kPagePositions * kGroup;
+}
+
 struct DequantizeJob {
   StoredFormat format;
   int64_t rows, cols;
@@ -115,6 +188,10 @@ struct KernelTable {
   const char* name;
   FormatKernels format[kWeightFormats];
   void (*route)(const RouteJob&, ThreadPool&);
+  void (*rms_norm)(const NormJob&, ThreadPool&);
+  void (*rotary)(const RotaryJob&, ThreadPool&);
+  void (*store_kv)(const StoreKvJob&, ThreadPool&);
+  void (*attention)(const AttentionJob&, ThreadPool&);
   void (*dequantize)(const DequantizeJob&, ThreadPool&);
   void (*quantize)(const QuantizeJob&, ThreadPool&);
   // Loops that measure the machine's limits: each returns the operations it has done.

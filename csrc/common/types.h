@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "common/platform.h"
+
 namespace ktcore {
 
 enum class DType : int { f32 = 0, f16 = 1, bf16 = 2 };
@@ -51,5 +53,35 @@ struct Rows {
   int64_t stride;
   DType dtype;
 };
+
+// Heads of tokens: element (token, head, column) is data[token * stride + head * head_stride + column].
+struct ConstHeads {
+  const void* data;
+  int64_t stride, head_stride;
+  DType dtype;
+
+  KT_INLINE ConstRows row(int64_t token, int64_t head) const {
+    const int64_t at = (token * stride + head * head_stride) * dtype_size(dtype);
+    return {static_cast<const uint8_t*>(data) + at, 0, dtype};
+  }
+};
+struct Heads {
+  void* data;
+  int64_t stride, head_stride;
+  DType dtype;
+
+  KT_INLINE Rows row(int64_t token, int64_t head) const {
+    const int64_t at = (token * stride + head * head_stride) * dtype_size(dtype);
+    return {static_cast<uint8_t*>(data) + at, 0, dtype};
+  }
+};
+
+// Positions in a page of keys and values.
+static constexpr int64_t kPagePositions = 32;
+// Attention sums over spans of so many positions, each on its own, and then over the spans: in the
+// same way whether threads share the spans out or not.
+static constexpr int64_t kSpanPositions = 512;
+// At most this many rows of queries are computed together.
+static constexpr int64_t kAttentionRows = 64;
 
 }  // namespace ktcore

@@ -1,6 +1,8 @@
 // Everything one instruction set offers. Compiled once per instruction set, after its simd.h, with
 // KTCORE_ISA naming it: all that is defined here and below lives in a namespace of that name, and
 // nothing shared is instantiated, so that no code of one set can be linked into another's path.
+#include <math.h>
+
 #include <cstring>
 #include <limits>
 #include <type_traits>
@@ -18,6 +20,9 @@
 #include "kernels/moe.h"
 #include "kernels/linear.h"
 #include "kernels/route.h"
+#include "kernels/norm.h"
+#include "kernels/rotary.h"
+#include "kernels/attention.h"
 #include "kernels/convert.h"
 #include "kernels/limits.h"
 
@@ -67,6 +72,10 @@ const KernelTable table = {
      kernels_of<Coded<Simd, 8, false, 2>>(), kernels_of<Coded<Simd, 4, true, 1>>(),
      kernels_of<Coded<Simd, 4, true, 2>>()},
     route<Simd>,
+    rms_norm<Simd>,
+    rotary<Simd>,
+    store_kv<Simd>,
+    attention<Simd>,
     dequantize<Simd>,
     quantize<Simd>,
     spin_int8<Simd>,

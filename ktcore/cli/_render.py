@@ -188,8 +188,11 @@ def _serves(out: Console, serves: list[dict[str, Any]]) -> None:
         out.print(table)
         # Names of formats are many: they get the whole width.
         out.print(_grid([(n, " ".join(f)) for n, f in zip(names, lines.values(), strict=True)]))
+        alike: dict[str, list[str]] = {}
         for op, choice in without.items():
-            out.print(Text(f"  {op}: ").append_text(_coloured(choice)))
+            alike.setdefault(choice, []).append(op)
+        for choice, names in alike.items():
+            out.print(Text(f"  {', '.join(names)}: ").append_text(_coloured(choice)))
 
 
 def _coloured(choice: str) -> Text:

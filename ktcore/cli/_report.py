@@ -27,7 +27,6 @@ PHASES = {"decode": 1, "prefill": 512}  # tokens of a call
 # Of `Machine.devices`, what torch calls their device.
 TORCH_DEVICES = {"cuda": "cuda", "rocm": "cuda", "xpu": "xpu", "ascend": "npu"}
 
-WITHOUT_FORMAT = ("route",)
 WITHOUT_TOKENS = ("dequantize", "quantize")  # requests of theirs are all alike
 
 # What a driver leaves behind: a device that torch does not see may still be there.
@@ -196,7 +195,7 @@ def _serves(
     kinds = dict.fromkeys(TORCH_DEVICES.get(d.kind, d.kind) for d in machine.devices)
     for device in ("cpu", *kinds):
         for op in registry.OPS:
-            for format in (None,) if op in WITHOUT_FORMAT else format_names():
+            for format in (None,) if op in registry.WITHOUT_WEIGHTS else format_names():
                 request = {"device": device, "op": op, "format": format}
                 row: dict[str, Any] = dict(request)
                 for phase, tokens in PHASES.items():

@@ -29,8 +29,8 @@ def command(
         typer.Option(
             "--explain",
             metavar="OP",
-            help="Say which backend serves an operator, and why: moe, linear, dequantize, "
-            "quantize or route.",
+            help="Say which backend serves an operator (moe, linear, route, attention, ...), "
+            "and why.",
         ),
     ] = None,
     selftest: Annotated[

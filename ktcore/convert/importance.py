@@ -104,6 +104,10 @@ class _Watched:
         self._see(x)
         return self._inner(x)
 
+    def split(self, x: Tensor, sizes: list[int]) -> list[Tensor]:
+        self._see(x)
+        return self._inner.split(x, sizes)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 

@@ -1,7 +1,7 @@
 """The decoder that model families share: pre-normalised layers of GQA attention and an MLP or MoE.
 
-Activations and the KV cache are float32 whatever the weights are stored as: on a CPU decoding is
-bound by the bytes of the weights, and rounding activations would save none of them.
+Activations are float32 whatever the weights are stored as: on a CPU decoding is bound by the bytes
+of the weights, and rounding activations would save none of them.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ktcore.dispatch import Request
-from ktcore.models.config import DecoderConfig, Yarn
+from ktcore import ops
+from ktcore.dispatch import Request, registry
+from ktcore.models.config import DecoderConfig
+from ktcore.models.kv_cache import KVCache
 from ktcore.models.moe_layer import MoeLayer
 from ktcore.models.projection import Embedding, Projection, SideBySide
 from ktcore.models.rope import frequencies
+from ktcore.ops.recording import Recording, record
 from ktcore.weights import ExpertWeights, QuantTensor
-
-CHUNK = 256  # positions; the KV cache is allocated in multiples of it
 
 # Multiply-adds of one torch operator from which on torch may use all its threads. Below, its OpenMP
 # workers cost more than they bring: they spin after each operator, on the cores where ktcore's own
@@ -43,99 +44,37 @@ def one_torch_thread(wanted: bool) -> Iterator[None]:
 
 
 class RmsNorm:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467).
-
-    As x / hypot(|x|, sqrt(n eps)) * (sqrt(n) weight): four torch operators where the plain form
-    takes six, which counts when a token's whole arithmetic takes as long as calling them.
-    """
+    """`ktcore.ops.rms_norm` with a weight."""
 
     def __init__(self, weight: Tensor, eps: float):
-        """weight [..., n], broadcast against x."""
-        size = weight.shape[-1]
-        self.weight = weight.to(torch.float32) * size**0.5
-        self.floor = torch.tensor((size * eps) ** 0.5)
+        """weight [N]."""
+        self.weight = weight.to(torch.float32).contiguous()
+        self.eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return (x / norm.hypot_(self.floor)).mul_(self.weight)
+        return ops.rms_norm(x, self.weight, self.eps)
+
+    def added(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """x + residual, normalised; and that sum."""
+        return ops.add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class Rotary:
-    """Rotary position embedding (arXiv 2104.09864), halves rotated against each other.
-
-    cos and sin [positions, head_dim] are computed for as many positions as were needed so far.
-    """
-
-    def __init__(self, head_dim: int, theta: float, yarn: Yarn | None = None):
-        self.frequencies = frequencies(head_dim, theta, yarn)
-        self.scale = 1.0 if yarn is None else yarn.attention_factor
-        self.cos = self.sin = torch.empty(0)
-
-    def tables(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        """cos and sin for positions begin to end; sin with the sign of the rotation."""
-        if end > len(self.cos):
-            size = -(-end // CHUNK) * CHUNK
-            angles = torch.outer(torch.arange(size, dtype=torch.float32), self.frequencies)
-            cos, sin = angles.cos() * self.scale, angles.sin() * self.scale
-            self.cos, self.sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-        return self.cos[begin:end], self.sin[begin:end]
-
-    @staticmethod
-    def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-        """x [..., T, head_dim], rotated, to `out`, which must not overlap x."""
-        turned = x.roll(x.shape[-1] // 2, -1).mul_(sin)
-        torch.addcmul(turned, x, cos, out=out)
-
-
-class KVCache:
-    """Keys and values of one sequence, [1, 2 * kv_heads, capacity, head_dim] a layer, keys first.
+    """Tables of `ktcore.ops.rotary`.
 
     Attributes:
-        length: positions that are filled.
+        frequencies: radians per position, [head_dim / 2].
+        scale: multiplies what is rotated.
+        cos, sin: [positions, head_dim / 2].
     """
 
-    def __init__(self, config: DecoderConfig):
-        self.length = 0
-        self.capacity = 0
-        self._limit = config.context_length
-        self._heads, self._head_dim = config.num_key_value_heads, config.head_dim
-        self._layers = [
-            torch.empty(1, 2 * self._heads, 0, self._head_dim)
-        ] * config.num_hidden_layers
+    def __init__(self, positions: int, frequencies: Tensor, scale: float = 1.0):
+        self.frequencies, self.scale = frequencies, scale
+        angles = torch.outer(torch.arange(positions, dtype=torch.float32), frequencies)
+        self.cos, self.sin = angles.cos() * scale, angles.sin() * scale
 
-    def reserve(self, tokens: int) -> None:
-        """Make room for so many more positions.
-
-        Raises:
-            ValueError: that is more than the model's context.
-        """
-        needed = self.length + tokens
-        if needed > self._limit:
-            raise ValueError(
-                f"{needed} tokens do not fit into the model's context of {self._limit} tokens"
-            )
-        if needed <= self.capacity:
-            return
-        # By half as much again, so that copying stays a small part of generating.
-        chunks = -(-max(needed, self.capacity * 3 // 2) // CHUNK)
-        self.capacity = min(chunks * CHUNK, self._limit)
-        for i, old in enumerate(self._layers):
-            grown = torch.empty(1, 2 * self._heads, self.capacity, self._head_dim)
-            grown[:, :, : self.length] = old[:, :, : self.length]
-            self._layers[i] = grown
-
-    def append(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
-        """Store kv [1, 2 * kv_heads, T, head_dim] after `length`; all keys and all values so far,
-        each [1, kv_heads, length + T, head_dim]. `advance` moves on once every layer has stored.
-        """
-        tokens = kv.shape[2]
-        stored = self._layers[layer]
-        stored.narrow(2, self.length, tokens).copy_(kv)
-        filled = stored.narrow(2, 0, self.length + tokens)
-        return filled.narrow(1, 0, self._heads), filled.narrow(1, self._heads, self._heads)
-
-    def advance(self, tokens: int) -> None:
-        self.length += tokens
+    def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
+        return ops.rotary(x, self.cos, self.sin, positions)
 
 
 class Attention:
@@ -143,7 +82,7 @@ class Attention:
 
     Args:
         qkv: hidden_size to (heads + 2 * kv_heads) * head_dim.
-        norm: of queries and keys together, weight [heads + kv_heads, 1, head_dim].
+        q_norm, k_norm: of each head's queries and keys.
         o: heads * head_dim to hidden_size.
     """
 
@@ -151,37 +90,23 @@ class Attention:
         self,
         config: DecoderConfig,
         qkv: Projection | SideBySide,
-        norm: RmsNorm,
+        q_norm: RmsNorm,
+        k_norm: RmsNorm,
         o: Projection,
     ):
-        self.qkv, self.norm, self.o = qkv, norm, o
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.qkv, self.q_norm, self.k_norm, self.o = qkv, q_norm, k_norm, o
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
+        self.sizes = [n * config.head_dim for n in (heads, kv_heads, kv_heads)]
 
-    def __call__(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        mask: Tensor | None,
-        cache: KVCache,
-        layer: int,
-    ) -> Tensor:
-        """x [T, H] to [T, H]; mask [T, positions] or None."""
-        tokens = x.shape[0]
-        states = self.qkv(x).view(1, tokens, -1, self.head_dim).transpose(1, 2)
-        queries_keys = states.narrow(1, 0, self.heads + self.kv_heads)
-        Rotary.rotate(self.norm(queries_keys), cos, sin, out=queries_keys)
-        keys, values = cache.append(layer, states.narrow(1, self.heads, 2 * self.kv_heads))
-        mixed = F.scaled_dot_product_attention(
-            states.narrow(1, 0, self.heads),
-            keys,
-            values,
-            attn_mask=mask,
-            is_causal=mask is None and tokens > 1,
-            enable_gqa=self.heads != self.kv_heads,
+    def __call__(self, x: Tensor, rotary: Rotary, cache: KVCache, layer: int) -> Tensor:
+        """x [T, H], of the tokens that the cache has placed, to [T, H]."""
+        q, k, v = (
+            part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv.split(x, self.sizes)
         )
-        return self.o(mixed.transpose(1, 2).reshape(tokens, -1))
+        q = rotary(self.q_norm(q), cache.positions)
+        k = rotary(self.k_norm(k), cache.positions)
+        return self.o(cache.attend(layer, q, k, v).flatten(1))
 
 
 class Mlp:
@@ -191,8 +116,8 @@ class Mlp:
         self.gate_up, self.down = gate_up, down
 
     def __call__(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down(F.silu(gate).mul_(up))
+        gate, up = self.gate_up.split(x, [self.down.shape[1]] * 2)
+        return self.down(F.silu(gate) * up)
 
     def projections(self) -> dict[str, Projection | SideBySide]:
         """Its dense weights, by what they are for."""
@@ -262,13 +187,15 @@ class Decoder:
     ):
         self.config, self.embedding, self.layers = config, Embedding(embedding), layers
         self.norm, self.head = norm, head
-        self.rotary = Rotary(config.head_dim, config.rope_theta, config.yarn)
-        self._largest_dense = max(p.torch_weights for p in self._projections())
+        self.rotary = Rotary(
+            0,
+            frequencies(config.head_dim, config.rope_theta, config.yarn),
+            1.0 if config.yarn is None else config.yarn.attention_factor,
+        )
 
-    def _projections(self) -> Iterator[Projection | SideBySide]:
-        yield self.head
-        for layer in self.layers:
-            yield from layer.projections().values()
+        # Where plain torch computes, it multiplies by the largest of these.
+        dense = [head, *(p for layer in layers for p in layer.projections().values())]
+        self._largest = max(projection.numel for projection in dense)
 
     @torch.inference_mode()
     def __call__(self, ids: Tensor, cache: KVCache | None = None, *, last: bool = False) -> Tensor:
@@ -286,17 +213,60 @@ class Decoder:
             raise ValueError("ids: expected at least 1 token, got none")
         cache = KVCache(self.config) if cache is None else cache
         cache.reserve(tokens)
-        begin, end = cache.length, cache.length + tokens
-        cos, sin = self.rotary.tables(begin, end)
-        mask = None
-        if begin and tokens > 1:  # a later part of a prompt sees all before it, and itself causally
-            mask = torch.ones(tokens, end, dtype=torch.bool).tril_(begin)
-        attention = 2 * end * self.config.num_attention_heads * self.config.head_dim
-        work = tokens * max(attention, self._largest_dense)
-        with one_torch_thread(work < PARALLEL_WORK):
+        if cache.capacity > len(self.rotary.cos):
+            self.rotary = Rotary(cache.capacity, self.rotary.frequencies, self.rotary.scale)
+        cache.place(tokens)
+        width = self.config.num_attention_heads * self.config.head_dim
+        work = tokens * max(2 * (cache.length + tokens) * width, self._largest)
+        with one_torch_thread(tokens == 1 or work < PARALLEL_WORK):
             x = self.embedding(ids)
-            for i, layer in enumerate(self.layers):
-                x = x + layer.attention(layer.attention_norm(x), cos, sin, mask, cache, i)
-                x = x.add_(layer.mlp(layer.mlp_norm(x)))
-            cache.advance(tokens)
-            return self.head(self.norm(x[-1:] if last else x))
+            logits = self._one(x, cache) if tokens == 1 else self._compute(x, cache, last)
+        cache.advance(tokens)
+        return logits
+
+    def _compute(self, x: Tensor, cache: KVCache, last: bool) -> Tensor:
+        """Embedded tokens [T, H], which the cache has placed, to logits."""
+        norms = [layer.attention_norm for layer in self.layers[1:]] + [self.norm]
+        h = self.layers[0].attention_norm(x) if self.layers else self.norm(x)
+        for i, (layer, next_norm) in enumerate(zip(self.layers, norms, strict=True)):
+            h, x = layer.mlp_norm.added(layer.attention(h, self.rotary, cache, i), x)
+            h, x = next_norm.added(layer.mlp(h), x)
+        return self.head(h[-1:] if last else h)
+
+    def _one(self, x: Tensor, cache: KVCache) -> Tensor:
+        """`_compute` of one token: recorded the first time, where that can be."""
+        step = cache.recorded
+        if not isinstance(step, Step) or not step.fits(self):
+            step = Step(self, x)
+            logits, step.recording = record(lambda: self._compute(step.x, cache, True))
+            step.logits, cache.recorded = logits, step
+        elif step.recording.why_not is not None:
+            return self._compute(x, cache, True)
+        else:
+            step.x.copy_(x)
+            step.recording.run()
+        return step.logits.clone()
+
+
+class Step:
+    """A decoder's computation of one token on a cache, recorded.
+
+    Attributes:
+        x, logits: what it reads and what it writes.
+    """
+
+    recording: Recording
+    logits: Tensor
+
+    def __init__(self, decoder: Decoder, x: Tensor):
+        self.x = x.clone()
+        self._depends = self._state(decoder)
+
+    @staticmethod
+    def _state(decoder: Decoder) -> tuple:
+        """What the recorded calls depend on, beside the memory that they keep."""
+        return decoder, decoder.rotary, registry.choices()
+
+    def fits(self, decoder: Decoder) -> bool:
+        """Whether the decoder would make the same calls."""
+        return self._depends == self._state(decoder)

@@ -305,16 +305,11 @@ class _Reader:
 
     def _layer(self, i: int) -> Layer:
         c = self.config
-        qk_norm = torch.cat(
-            (
-                self._tensor("q_norm", i).expand(c.num_attention_heads, -1),
-                self._tensor("k_norm", i).expand(c.num_key_value_heads, -1),
-            )
-        )
         attention = Attention(
             c,
             self._projection("qkv", ("q", "k", "v"), i, c.attention_bias),
-            RmsNorm(qk_norm[:, None], c.rms_norm_eps),
+            self._norm("q_norm", i),
+            self._norm("k_norm", i),
             self._projection("output", ("o",), i, c.attention_bias),
         )
         if i in c.dense_layers:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from ktcore.dispatch import Request
 from ktcore.formats import Format
 from ktcore.models.config import DecoderConfig
-from ktcore.models.decoder import Decoder, KVCache
+from ktcore.models.decoder import Decoder
+from ktcore.models.kv_cache import KVCache
 from ktcore.models.moe_layer import MoeLayer
 from ktcore.models.source import Source
 from ktcore.models.tokenizer import Tokenizer
@@ -59,9 +61,9 @@ class Model:
         """
         return self._make_tokenizer()
 
-    def new_cache(self) -> KVCache:
-        """An empty KV cache, for one sequence."""
-        return KVCache(self.config)
+    def new_cache(self, dtype: torch.dtype = torch.float16) -> KVCache:
+        """An empty KV cache, for one sequence, in float16, bfloat16 or float32."""
+        return KVCache(self.config, dtype)
 
     def __call__(self, ids: Tensor, cache: KVCache | None = None, *, last: bool = False) -> Tensor:
         """Logits [T, vocab_size] of token ids [T]; see `Decoder`."""

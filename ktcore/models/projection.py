@@ -10,19 +10,18 @@ from torch import Tensor
 
 from ktcore import ops
 from ktcore.dispatch import Request
+from ktcore.formats import get_format
 from ktcore.weights import QuantTensor
 
-# A matrix of at most so many weights stays in the cache, and torch multiplies by it in less time
-# than calling `ktcore.ops.linear` from Python takes: 8 us against 24 for [320, 192] on Zen 3.
+# A matrix of at most so many weights stays in the cache, where rounding activations saves nothing:
+# it is computed in float32.
 SMALL = 1 << 16
 
 
 class Projection:
-    """``x @ weight.T + bias`` on float32 activations.
+    """``x @ weight.T + bias`` on float32 activations, through `ktcore.ops.linear`.
 
-    A bfloat16 or quantised weight stays as it is and goes through `ktcore.ops.linear`, which reads
-    half the bytes, or less, that a float32 copy would have. A float32 or float16 weight, and a
-    small one, is computed in float32 by torch.
+    A quantised or floating weight stays as it is, a small one becomes float32.
 
     Attributes:
         exact: keep activations from being rounded (a router's choice of experts hangs on it).
@@ -34,33 +33,29 @@ class Projection:
         """weight [O, I], bias [O] or None."""
         self.shape = tuple(weight.shape)
         self.exact = exact
-        self.bias = None if bias is None else bias.to(torch.float32)
-        self.stored: QuantTensor | None = None
-        self.dense: Tensor | None = None
-        if isinstance(weight, QuantTensor):
-            if weight.numel() > SMALL:
-                self.stored = weight
-            else:
-                self.dense = weight.dequantize(torch.float32)
-        elif weight.dtype == torch.bfloat16 and weight.numel() > SMALL:
-            self.stored = QuantTensor("bf16", self.shape, {"data": weight})
-        else:
-            self.dense = weight.to(torch.float32)
+        self.bias = None if bias is None else bias.to(torch.float32).contiguous()
+        if not isinstance(weight, QuantTensor):
+            name = str(weight.dtype).removeprefix("torch.")
+            if name not in ("bfloat16", "float16", "float32"):
+                name, weight = "float32", weight.to(torch.float32)
+            weight = QuantTensor(name, self.shape, {"data": weight})
+        if weight.numel() <= SMALL and weight.format is not get_format("f32"):
+            weight = QuantTensor("f32", self.shape, {"data": weight.dequantize(torch.float32)})
+        self.stored = weight
 
     @property
-    def torch_weights(self) -> int:
-        """How many weights torch multiplies by; 0 where `ktcore.ops.linear` does."""
-        return 0 if self.dense is None else self.dense.numel()
+    def numel(self) -> int:
+        return self.stored.numel()
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.stored is not None:
-            return ops.linear(x, self.stored, self.bias, exact=self.exact)
-        return F.linear(x, self.dense, self.bias)
+        return ops.linear(x, self.stored, self.bias, exact=self.exact)
+
+    def split(self, x: Tensor, sizes: list[int]) -> list[Tensor]:
+        """The outputs for neighbouring rows of the weight, so many each."""
+        return list(self(x).split(sizes, -1))
 
     def prepare(self, release: bool) -> None:
         """Have the backend pack the weight now; with `release`, keep only what it packed."""
-        if self.stored is None:
-            return
         self(torch.zeros(1, self.shape[1]))
         if release and self.stored.packed:
             self.stored.release()
@@ -71,9 +66,7 @@ class Projection:
             yield name, request, self.stored
 
     def requests(self, tokens: int) -> list[Request]:
-        """The operator calls that this makes; none where torch computes it."""
-        if self.stored is None:
-            return []
+        """The operator calls that this makes."""
         return [
             Request(
                 op="linear",
@@ -96,21 +89,29 @@ class SideBySide:
         self.parts = parts
 
     @property
-    def torch_weights(self) -> int:
-        return sum(part.torch_weights for part in self.parts)
+    def numel(self) -> int:
+        return sum(part.numel for part in self.parts)
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.cat([part(x) for part in self.parts], -1)
+
+    def split(self, x: Tensor, sizes: list[int]) -> list[Tensor]:
+        """The outputs for neighbouring rows of the weights, so many each, none from two parts."""
+        out, sizes = [], list(sizes)
+        for part in self.parts:
+            mine = []
+            while sum(mine) < part.shape[0]:
+                mine.append(sizes.pop(0))
+            out += part.split(x, mine)
+        return out
 
     def prepare(self, release: bool) -> None:
         for part in self.parts:
             part.prepare(release)
 
     def packed_weights(self, name: str) -> Iterator[tuple[str, Request, QuantTensor]]:
-        """Nothing unless all parts can be packed: they are one under their name."""
-        if not self.torch_weights:
-            for part in self.parts:
-                yield from part.packed_weights(name)
+        for part in self.parts:
+            yield from part.packed_weights(name)
 
     def requests(self, tokens: int) -> list[Request]:
         return [request for part in self.parts for request in part.requests(tokens)]
@@ -159,17 +160,36 @@ def _concatenated(weights: list[Tensor] | list[QuantTensor]) -> Tensor | QuantTe
     return QuantTensor(first.format, (rows, first.shape[1]), parts)
 
 
+ROWS = 4096  # of an embedding, that are kept as float32
+
+
 class Embedding:
-    """Rows of a matrix as float32, the stored form kept: a token reads its row only."""
+    """Rows of a matrix as float32, the stored form kept: a token reads its row only.
+
+    What single tokens read is kept for the next time: the formats' own dequantisers take 0.3 ms for
+    a row, as long as a decode step needs for half a layer.
+    """
 
     def __init__(self, weight: Tensor | QuantTensor):
         """weight [vocab_size, hidden_size]."""
         if isinstance(weight, QuantTensor) and not weight.format.by_rows:
             weight = weight.dequantize(torch.float32)
         self.weight = weight
+        self._rows: dict[int, Tensor] = {}
 
     def __call__(self, ids: Tensor) -> Tensor:
         """[T] to [T, hidden_size]. Raises IndexError if an id is not in the vocabulary."""
+        if len(ids) != 1:
+            return self._read(ids)
+        token = int(ids)
+        row = self._rows.get(token)
+        if row is None:
+            if len(self._rows) >= ROWS:
+                self._rows.clear()
+            row = self._rows[token] = self._read(ids)
+        return row
+
+    def _read(self, ids: Tensor) -> Tensor:
         if not isinstance(self.weight, QuantTensor):
             return F.embedding(ids, self.weight).to(torch.float32)
         parts = {name: part.index_select(0, ids) for name, part in self.weight.parts.items()}

@@ -7,18 +7,24 @@ takes seconds.
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
+
+# `active`: whether this thread is making a recording (see recording.py).
+recording = threading.local()
 
 
 def direct(tensor: Tensor) -> bool:
     """Whether nothing has to see the call: in inference mode there is no autograd, and no compiler,
-    tracer, dispatch mode or tensor subclass is at work either.
+    tracer, dispatch mode or tensor subclass is at work either, but for that which watches over a
+    recording.
     """
     return (
         not torch.compiler.is_compiling()
         and torch.is_inference_mode_enabled()
         and type(tensor) is Tensor
-        and not torch._C._len_torch_dispatch_stack()
+        and (not torch._C._len_torch_dispatch_stack() or getattr(recording, "active", False))
         and not torch.jit.is_tracing()
     )

@@ -86,6 +86,49 @@ def linear(x: Tensor, weight: QuantTensor, bias: Tensor | None) -> tuple[Tensor,
     return (y if bias is None else y + bias.to(torch.float64)), magnitude
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x = x.to(torch.float64)
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight.to(torch.float64)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
+    """Each pair of columns as a complex number, times cos + i sin."""
+    out = x.to(torch.float64)
+    half = cos.shape[1]
+    real = torch.arange(half) * 2 if interleaved else torch.arange(half)
+    imaginary = real + (1 if interleaved else half)
+    pairs = torch.complex(out[..., real], out[..., imaginary])
+    turned = pairs * torch.complex(cos.to(torch.float64), sin.to(torch.float64))[positions, None]
+    out[..., real], out[..., imaginary] = turned.real, turned.imag
+    return out
+
+
+def attention(
+    query: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    query_begin: Tensor,
+    scale: float,
+) -> Tensor:
+    """Token by token and head by head, over the positions that it sees alone."""
+    page, group = key_pages.shape[3], query.shape[1] // key_pages.shape[1]
+    out = torch.empty((*query.shape[:2], value_pages.shape[3]), dtype=torch.float64)
+    for s, length in enumerate(lengths.tolist()):
+        first, end = int(query_begin[s]), int(query_begin[s + 1])
+        places = torch.arange(length)
+        pages, at = page_table[s, places // page].to(torch.int64), places % page
+        keys = key_pages[pages, :, :, at].to(torch.float64)  # [length, kv_heads, key_size]
+        values = value_pages[pages, :, at].to(torch.float64)
+        for t in range(first, end):
+            seen = length - (end - t) + 1
+            for h in range(query.shape[1]):
+                products = keys[:seen, h // group] @ query[t, h].to(torch.float64) * scale
+                out[t, h] = products.softmax(0) @ values[:seen, h // group]
+    return out
+
+
 def scores(logits: Tensor, scoring: str) -> Tensor:
     logits = logits.to(torch.float64)
     if scoring == "sigmoid":

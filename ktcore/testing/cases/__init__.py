@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from ktcore.dispatch.registry import WITHOUT_WEIGHTS
 from ktcore.formats import format_names
-from ktcore.testing.cases import convert, linear, moe, route
+from ktcore.testing.cases import convert, decoder, linear, moe, route
 from ktcore.testing.oracle import Outcome
 
 __all__ = ["CASES", "Case", "pairs"]
@@ -30,10 +31,14 @@ CASES: dict[str, tuple[Case, ...]] = {
     "route": route.CASES,
     "quantize": convert.QUANTIZE,
     "dequantize": convert.DEQUANTIZE,
+    "rms_norm": decoder.NORM,
+    "rotary": decoder.ROTARY,
+    "store_kv": decoder.STORE,
+    "attention": decoder.ATTENTION,
 }
 
 
 def pairs(op: str) -> list[tuple[str | None, Case]]:
-    """Every format with every case of an operator that applies to it; route has no formats."""
-    formats = [None] if op == "route" else format_names()
+    """Every format with every case of an operator that applies to it; some have no formats."""
+    formats = [None] if op in WITHOUT_WEIGHTS else format_names()
     return [(f, case) for f in formats for case in CASES[op] if case.applies(f)]
