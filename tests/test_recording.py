@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -79,3 +82,15 @@ def test_a_recording_ends_where_the_function_fails():
     with torch.inference_mode():
         _, recording = record(lambda: ops.rms_norm(torch.ones(2, 8), torch.ones(8)))
     assert len(recording) <= 1
+
+
+def test_a_recording_does_not_import_torchs_compiler():
+    code = (
+        "import sys, torch\n"
+        "from ktcore import ops\n"
+        "from ktcore.ops.recording import record\n"
+        "with torch.inference_mode():\n"
+        "    record(lambda: ops.rms_norm(torch.ones(2, 8), torch.ones(8)))\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

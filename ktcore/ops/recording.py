@@ -34,6 +34,12 @@ class _Watch(TorchDispatchMode):
         self.memory: list[Tensor] = []
         self.foreign: list[str] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Else the first operator that it sees imports torch's compiler, which takes 0.6 s. (A newer
+        # or older torch that does not ask is only slower.)
+        return False
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func in _ALLOCATIONS:
