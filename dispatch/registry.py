@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 OPS = (
     *("moe", "linear", "dequantize", "quantize", "route"),
-    *("rms_norm", "rotary", "store_kv", "attention"),
+    *("rms_norm", "rotary", "store_kv", "attention", "store_latent", "mla_attention"),
 )
-WITHOUT_WEIGHTS = frozenset(("route", "rms_norm", "rotary", "store_kv", "attention"))
+WITHOUT_WEIGHTS = frozenset(OPS) - {"moe", "linear", "dequantize", "quantize"}
 ENTRY_POINTS = "ktcore.backends"
 
 

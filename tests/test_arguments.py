@@ -85,6 +85,27 @@ def _attention(**changes):
     return ops.attention(**{**given, **changes})
 
 
+LATENTS = torch.zeros(4, 32, 8)
+
+
+def _store_latent(**changes):
+    given = {"latent": torch.ones(3, 8), "latent_pages": LATENTS}
+    return ops.store_latent(**{**given, "slots": torch.tensor([0, 127, -1]), **changes})
+
+
+def _mla_attention(**changes):
+    given = {
+        "query": torch.ones(3, 4, 8),
+        "latent_pages": LATENTS,
+        "page_table": torch.tensor([[0, 1], [2, 3]], dtype=torch.int32),
+        "lengths": torch.tensor([40, 5]),
+        "query_begin": torch.tensor([0, 2, 3]),
+        "value_size": 6,
+        "scale": 0.5,
+    }
+    return ops.mla_attention(**{**given, **changes})
+
+
 STACK = inputs.experts("int8", 5, 65, 48).gate
 
 # (operator, argument, a value that does not fit, the exception)
@@ -136,6 +157,19 @@ WRONG = [
     (_attention, "query_begin", torch.tensor([1, 2, 3]), IndexError),
     (_attention, "query_begin", torch.tensor([0, 2, 1]), IndexError),
     (_attention, "scale", "1", TypeError),
+    (_store_latent, "latent", torch.ones(3, 7), ValueError),
+    (_store_latent, "latent", torch.ones(3, 1, 8), ValueError),
+    (_store_latent, "latent_pages", torch.zeros(4, 16, 8), ValueError),
+    (_store_latent, "latent_pages", torch.zeros(4, 8, 32).transpose(1, 2), ValueError),
+    (_store_latent, "slots", torch.tensor([0, 128, 1]), IndexError),
+    (_mla_attention, "query", torch.ones(3, 4, 9), ValueError),
+    (_mla_attention, "latent_pages", torch.zeros(4, 32, 8, dtype=torch.int32), TypeError),
+    (_mla_attention, "page_table", torch.tensor([[0, 4], [2, 3]], dtype=torch.int32), IndexError),
+    (_mla_attention, "lengths", torch.tensor([65, 5]), IndexError),
+    (_mla_attention, "query_begin", torch.tensor([0, 2, 4]), IndexError),
+    (_mla_attention, "value_size", 9, ValueError),
+    (_mla_attention, "value_size", 0, ValueError),
+    (_mla_attention, "scale", "1", TypeError),
     # ------------------------------------------------------------------------------ moe
     (_moe, "hidden_states", None, TypeError),
     (_moe, "hidden_states", [[1.0] * 65] * 3, TypeError),

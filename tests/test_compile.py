@@ -84,6 +84,10 @@ def test_opcheck_between_the_matrices(rng):
     table = torch.tensor([[1, 0]], dtype=torch.int32)
     begin = torch.tensor([0, 3])
     query = torch.randn(3, 4, 8, generator=rng)
+    latents = torch.zeros(2, 32, 8)
+    _opcheck(torch_ops.store_latent.default, (x[:, 0], latents, slots))
+    places = (table, torch.tensor([40]), begin)
+    _opcheck(torch_ops.mla_attention.default, (query, latents, *places, 6, 0.3))
     _opcheck(torch_ops.attention.default, (query, *pages, table, torch.tensor([40]), begin, 0.3))
 
 

@@ -35,6 +35,7 @@ def script(name: str) -> ModuleType:
 
 perplexity_table, random_model = script("perplexity_table"), script("random_model")
 peer_table, activation_bits = script("peer_table"), script("activation_bits")
+model_speed = script("model_speed")
 
 # -------------------------------------------------------------------------------- perplexity table
 
@@ -202,3 +203,15 @@ def test_sixteen_bits_cost_what_the_numeric_contract_calls_exact():
     )
     assert found["16 bits, groups of 32"] < 5e-4 < found["8 bits centred, groups of 16"]
     assert found["8 bits centred, groups of 16"] < found["8 bits, groups of 32"]
+
+
+def test_model_speed_measures_a_model(tmp_path):
+    ours = model_speed.Ours(write_gguf(tmp_path / "plain.gguf", "Q8_0"))
+    for _ in range(2):  # the second time the cache is filled
+        speeds = ours.round(prompt=20, generate=3, depth=40)
+        assert set(speeds) == {"pp", "tg"} and min(speeds.values()) > 0
+    assert ours.caches[40].length == 44
+    c = ours.model.config
+    cached = 2 * 2 * c.num_key_value_heads * c.head_dim * c.num_hidden_layers
+    assert ours.bytes_per_token(40) - ours.bytes_per_token(0) == 40 * cached
+    assert 0 < ours.bytes_per_token(0) < 4 * ours.model.parameters

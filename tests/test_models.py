@@ -281,6 +281,18 @@ def test_keys_and_values_are_of_a_floating_type():
         load_model().new_cache(torch.int8)
 
 
+def test_a_truncated_cache_goes_on_from_there(variant):
+    model = load_model()
+    cache = model.new_cache()
+    expected = [model(part, cache) for part in IDS.split([9, 1, 1, 9])]
+    cache.truncate(9)
+    got = [model(part, cache) for part in IDS[9:].split([1, 1, 9])]
+    for a, b in zip(got, expected[1:], strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="length: expected 0 to 20, those filled, got 21"):
+        cache.truncate(21)
+
+
 def test_context_is_a_limit(small):
     model = load_model(small)
     limit = SMALL["max_position_embeddings"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -206,6 +208,74 @@ def test_forking_while_a_thread_computes():
     thread.join()
     """
     )
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no such call")
+def test_cpus_are_taken_away_and_given_back(call):
+    """As `taskset -p`, a container's cpuset or a scheduler does it to a process that computes."""
+    ktcore.set_num_threads(2)
+    want, allowed = call(), os.sched_getaffinity(0)
+
+    def allow(cpus):
+        for thread in os.listdir("/proc/self/task"):
+            with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+                os.sched_setaffinity(int(thread), cpus)
+
+    try:
+        for cpus in ({min(allowed)}, allowed, {max(allowed)}, allowed):
+            allow(cpus)
+            for _ in range(10):
+                assert torch.equal(call(), want)
+    finally:
+        allow(allowed)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no such signals")
+def test_signals_during_calls():
+    """What a handler raises arrives after the call, and the pool goes on."""
+    _script(
+        PRELUDE
+        + """
+    import signal
+    hits = 0
+    def count(*_):
+        global hits
+        hits += 1
+    def fail(*_):
+        raise KeyboardInterrupt
+    signal.signal(signal.SIGALRM, count)
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+    want = call()
+    end = time.monotonic() + 0.5
+    while time.monotonic() < end:
+        assert torch.equal(call(), want)
+    assert hits > 20, hits
+    signal.signal(signal.SIGALRM, fail)
+    for _ in range(3):
+        try:
+            while True:
+                call()
+        except KeyboardInterrupt:
+            pass
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    assert torch.equal(call(), want)
+    """
+    )
+
+
+def test_busy_neighbours(call):
+    """Processes that take the cores cost time alone."""
+    ktcore.set_num_threads(2)
+    want = call()
+    code = "while True: pass"
+    busy = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
+    try:
+        for _ in range(20):
+            assert torch.equal(call(), want)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
 
 
 def test_an_idle_process_uses_no_cpu_time():

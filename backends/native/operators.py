@@ -127,7 +127,16 @@ def pages_of(key_pages: Tensor, value_pages: Tensor) -> tuple[int, ...]:
         value_pages.shape[3],
         key_pages.stride(0),
         value_pages.stride(0),
+        False,
     )
+
+
+def latent_pages_of(latent_pages: Tensor, value_size: int) -> tuple[int, ...]:
+    """Pages of latents, likewise: one head, whose values are the first columns of its keys."""
+    pages, _, size = latent_pages.shape
+    stride, address = latent_pages.stride(0), latent_pages.data_ptr()
+    dtype = DTYPES[latent_pages.dtype]
+    return address, address, dtype, pages, 1, size, value_size, stride, stride, True
 
 
 def operators(backend: str) -> list[Implementation]:
@@ -335,6 +344,51 @@ def operators(backend: str) -> list[Implementation]:
                 slots.data_ptr(),
             )
 
+    def store_latent(latent: Tensor, latent_pages: Tensor, slots: Tensor) -> None:
+        if latent.numel():
+            latent, latent_at = heads_of(latent)
+            ext.store_kv(
+                isa(),
+                *latent_at,
+                *(0, 0, 0),
+                DTYPES[latent.dtype],
+                latent.shape[0],
+                latent_pages_of(latent_pages, latent_pages.shape[2]),
+                slots.data_ptr(),
+            )
+
+    def attend(query: Tensor, pages: tuple, value_size: int, *places: Tensor, scale) -> Tensor:
+        query, query_at = heads_of(query)
+        out = torch.empty((*query.shape[:2], value_size), dtype=query.dtype)
+        page_table, lengths, query_begin = places
+        ext.attention(
+            isa(),
+            *query_at,
+            out.data_ptr(),
+            DTYPES[query.dtype],
+            *query.shape[:2],
+            pages,
+            page_table.data_ptr(),
+            page_table.shape[1],
+            lengths.data_ptr(),
+            query_begin.data_ptr(),
+            page_table.shape[0],
+            scale,
+        )
+        return out
+
+    def mla_attention(
+        query: Tensor,
+        latent_pages: Tensor,
+        page_table: Tensor,
+        lengths: Tensor,
+        query_begin: Tensor,
+        value_size: int,
+        scale: float,
+    ) -> Tensor:
+        pages = latent_pages_of(latent_pages, value_size)
+        return attend(query, pages, value_size, page_table, lengths, query_begin, scale=scale)
+
     def attention(
         query: Tensor,
         key_pages: Tensor,
@@ -344,23 +398,8 @@ def operators(backend: str) -> list[Implementation]:
         query_begin: Tensor,
         scale: float,
     ) -> Tensor:
-        query, query_at = heads_of(query)
-        out = torch.empty((*query.shape[:2], value_pages.shape[3]), dtype=query.dtype)
-        ext.attention(
-            isa(),
-            *query_at,
-            out.data_ptr(),
-            DTYPES[query.dtype],
-            *query.shape[:2],
-            pages_of(key_pages, value_pages),
-            page_table.data_ptr(),
-            page_table.shape[1],
-            lengths.data_ptr(),
-            query_begin.data_ptr(),
-            page_table.shape[0],
-            scale,
-        )
-        return out
+        pages, value_size = pages_of(key_pages, value_pages), value_pages.shape[3]
+        return attend(query, pages, value_size, page_table, lengths, query_begin, scale=scale)
 
     def flat(request: Request, machine: Machine) -> float:
         return CALL_SECONDS + 1e-8 * request.tokens
@@ -383,4 +422,6 @@ def operators(backend: str) -> list[Implementation]:
         implementation("rotary", (), rotary, flat, recordable=True),
         implementation("store_kv", (), store_kv, flat, recordable=True),
         implementation("attention", (), attention, flat, recordable=True),
+        implementation("store_latent", (), store_latent, flat, recordable=True),
+        implementation("mla_attention", (), mla_attention, flat, recordable=True),
     ]

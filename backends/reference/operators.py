@@ -236,6 +236,30 @@ def attention(
     return out
 
 
+def store_latent(latent: Tensor, latent_pages: Tensor, slots: Tensor) -> None:
+    pages, page, size = latent_pages.shape
+    check_index("slots", slots, page * pages, -1)
+    stored = slots >= 0
+    latent = latent[stored]
+    if latent_pages.dtype == torch.float16:
+        most = torch.finfo(torch.float16).max
+        latent = latent.clamp(-most, most) + (latent - latent)
+    latent_pages.view(-1, size)[slots[stored]] = latent.to(latent_pages.dtype)
+
+
+def mla_attention(
+    query: Tensor,
+    latent_pages: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    query_begin: Tensor,
+    value_size: int,
+    scale: float,
+) -> Tensor:
+    keys, values = latent_pages.transpose(1, 2), latent_pages[..., :value_size]
+    return attention(query, keys[:, None], values[:, None], page_table, lengths, query_begin, scale)
+
+
 def _moe_cost(request: Request, machine: Machine) -> float:
     per_expert = 3 * request.hidden_size * request.intermediate_size
     pairs = request.tokens * request.top_k
@@ -280,6 +304,8 @@ def operators() -> list[Implementation]:
                 ("rotary", rotary),
                 ("store_kv", store_kv),
                 ("attention", attention),
+                ("store_latent", store_latent),
+                ("mla_attention", mla_attention),
             )
         ),
     ]

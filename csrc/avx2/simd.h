@@ -57,6 +57,30 @@ struct Simd {
     return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
   }
 
+  // Rows become columns.
+  static KT_INLINE void transpose(F (&r)[kLanes]) {
+    F t[kLanes];
+    KT_UNROLL
+    for (int i = 0; i < kLanes; i += 2) {
+      t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+      t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    // Half k of r[4 i + j] is column 4 k + j of rows 4 i to 4 i + 3.
+    KT_UNROLL
+    for (int i = 0; i < kLanes; i += 4) {
+      r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+      r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+      r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+      r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+    KT_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const F a = _mm256_permute2f128_ps(r[j], r[4 + j], 0x20);
+      r[4 + j] = _mm256_permute2f128_ps(r[j], r[4 + j], 0x31);
+      r[j] = a;
+    }
+  }
+
   static KT_INLINE F load_bf16(const uint16_t* p) {
     const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));

@@ -149,6 +149,21 @@ static inline float reduce_add_ps(F512 a) {
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
+KT_HALVES2(F512, unpacklo_ps, _mm256_unpacklo_ps)
+KT_HALVES2(F512, unpackhi_ps, _mm256_unpackhi_ps)
+// Pairs of floats as doubles: the same bits, so there is no type of their own.
+static inline __m256 unpacklo_pairs(__m256 a, __m256 b) { return _mm256_shuffle_ps(a, b, 0x44); }
+static inline __m256 unpackhi_pairs(__m256 a, __m256 b) { return _mm256_shuffle_ps(a, b, 0xee); }
+KT_HALVES2(F512, unpacklo_pd, unpacklo_pairs)
+KT_HALVES2(F512, unpackhi_pd, unpackhi_pairs)
+template <int N>
+static inline F512 shuffle_f32x4(F512 a, F512 b) {
+  float from[2][16], to[16];
+  storeu_ps(from[0], a);
+  storeu_ps(from[1], b);
+  for (int i = 0; i < 4; ++i) std::memcpy(to + 4 * i, from[i / 2] + 4 * (N >> 2 * i & 3), 16);
+  return loadu_ps(to);
+}
 static inline float reduce_max_ps(F512 a) {
   float v[16];
   storeu_ps(v, a);
@@ -214,6 +229,8 @@ static inline F512 dpbf16_ps(F512 acc, I512 a, I512 b) {
 #define _mm512_add_ps ::ktcore::emulated::add_ps
 #define _mm512_and_si512 ::ktcore::emulated::and_si512
 #define _mm512_broadcast_i32x4 ::ktcore::emulated::broadcast_i32x4
+#define _mm512_castpd_ps(a) (a)
+#define _mm512_castps_pd(a) (a)
 #define _mm512_castps_si512 ::ktcore::emulated::castps_si512
 #define _mm512_castsi512_ps ::ktcore::emulated::castsi512_ps
 #define _mm512_castsi512_si256 ::ktcore::emulated::castsi512_si256
@@ -254,6 +271,7 @@ static inline F512 dpbf16_ps(F512 acc, I512 a, I512 b) {
 #define _mm512_set1_ps ::ktcore::emulated::set1_ps
 #define _mm512_setzero_ps ::ktcore::emulated::setzero_ps
 #define _mm512_setzero_si512 ::ktcore::emulated::setzero_si512
+#define _mm512_shuffle_f32x4(a, b, n) ::ktcore::emulated::shuffle_f32x4<n>(a, b)
 #define _mm512_slli_epi16 ::ktcore::emulated::slli_epi16
 #define _mm512_slli_epi32 ::ktcore::emulated::slli_epi32
 #define _mm512_srai_epi16 ::ktcore::emulated::srai_epi16
@@ -264,4 +282,8 @@ static inline F512 dpbf16_ps(F512 acc, I512 a, I512 b) {
 #define _mm512_storeu_si512 ::ktcore::emulated::storeu_si512
 #define _mm512_sub_epi16 ::ktcore::emulated::sub_epi16
 #define _mm512_sub_ps ::ktcore::emulated::sub_ps
+#define _mm512_unpackhi_pd ::ktcore::emulated::unpackhi_pd
+#define _mm512_unpackhi_ps ::ktcore::emulated::unpackhi_ps
+#define _mm512_unpacklo_pd ::ktcore::emulated::unpacklo_pd
+#define _mm512_unpacklo_ps ::ktcore::emulated::unpacklo_ps
 #define _mm512_xor_si512 ::ktcore::emulated::xor_si512

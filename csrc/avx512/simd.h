@@ -45,6 +45,41 @@ struct Simd {
   static KT_INLINE float sum(F a) { return _mm512_reduce_add_ps(a); }
   static KT_INLINE float top(F a) { return _mm512_reduce_max_ps(a); }
 
+  // Rows become columns.
+  static KT_INLINE void transpose(F (&r)[kLanes]) {
+    F t[kLanes];
+    KT_UNROLL
+    for (int i = 0; i < kLanes; i += 2) {
+      t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+      t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    }
+    const auto low = [](F a, F b) {
+      return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+    };
+    const auto high = [](F a, F b) {
+      return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+    };
+    // Quarter k of r[4 i + j] is column 4 k + j of rows 4 i to 4 i + 3.
+    KT_UNROLL
+    for (int i = 0; i < kLanes; i += 4) {
+      r[i] = low(t[i], t[i + 2]);
+      r[i + 1] = high(t[i], t[i + 2]);
+      r[i + 2] = low(t[i + 1], t[i + 3]);
+      r[i + 3] = high(t[i + 1], t[i + 3]);
+    }
+    KT_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const F a = _mm512_shuffle_f32x4(r[j], r[4 + j], 0x88);
+      const F b = _mm512_shuffle_f32x4(r[j], r[4 + j], 0xdd);
+      const F c = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0x88);
+      const F d = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0xdd);
+      r[j] = _mm512_shuffle_f32x4(a, c, 0x88);
+      r[4 + j] = _mm512_shuffle_f32x4(b, d, 0x88);
+      r[8 + j] = _mm512_shuffle_f32x4(a, c, 0xdd);
+      r[12 + j] = _mm512_shuffle_f32x4(b, d, 0xdd);
+    }
+  }
+
   static KT_INLINE F load_bf16(const uint16_t* p) {
     const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));

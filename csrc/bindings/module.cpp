@@ -206,9 +206,9 @@ Heads out_heads_of(uintptr_t data, int64_t stride, int64_t head_stride, DType ty
   return {pointer<void>(data), stride, head_stride, type};
 }
 
-// keys, values, dtype, pages, heads, key_size, value_size, key_stride, value_stride
-using PagesArguments =
-    std::tuple<uintptr_t, uintptr_t, int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
+// keys, values, dtype, pages, heads, key_size, value_size, key_stride, value_stride, latent
+using PagesArguments = std::tuple<uintptr_t, uintptr_t, int, int64_t, int64_t, int64_t, int64_t,
+                                  int64_t, int64_t, bool>;
 
 KvPages pages_of(const PagesArguments& a) {
   return {pointer<void>(std::get<0>(a)),
@@ -219,7 +219,8 @@ KvPages pages_of(const PagesArguments& a) {
           std::get<5>(a),
           std::get<6>(a),
           std::get<7>(a),
-          std::get<8>(a)};
+          std::get<8>(a),
+          std::get<9>(a)};
 }
 
 }  // namespace

@@ -99,12 +99,16 @@ struct RotaryJob {
 
 // Keys and values in pages of kPagePositions positions: keys [page, head, key_size, position], so that a
 // vector holds one column of neighbouring positions; values [page, head, position, value_size].
+//
+// Latent pages (multi-head latent attention) hold one head of keys position by position, of which the
+// first value_size columns are the values too.
 struct KvPages {
   void* keys;
   void* values;
   DType dtype;
   int64_t pages, heads, key_size, value_size;
   int64_t key_stride, value_stride;  // elements from page to page
+  bool latent;                       // values is keys, and value_stride is key_stride
 };
 
 struct StoreKvJob {
@@ -146,7 +150,7 @@ static constexpr int64_t attention_part_floats(const KvPages& pages) {
 }
 static constexpr int64_t attention_work_floats(const KvPages& pages) {
   return 2 * attention_part_floats(pages) + kAttentionRows * (pages.key_size + kPagePositions) +
-         kPagePositions * kGroup;
+         kPagePositions * kGroup + (pages.latent ? pages.key_size * kPagePositions : 0);
 }
 
 struct DequantizeJob {

@@ -150,6 +150,7 @@ struct Attend {
   float* q;       // [rows][key_size], times scale
   float* scores;  // [rows][kPagePositions]
   float* tail;    // [kPagePositions][kGroup]: the last columns of values, padded
+  float* turned;  // [key_size][kPagePositions]: a latent page's keys, column by column
 
   int64_t group() const { return job.heads / job.pages.heads; }
   int64_t token(int64_t row) const { return (tile.first + row) / group(); }
@@ -209,6 +210,35 @@ struct Attend {
     }
   }
 
+  // Elements from one position's values to the next.
+  int64_t value_row() const { return job.pages.latent ? job.pages.key_size : job.pages.value_size; }
+
+  // A latent page's first `count` positions, column by column.
+  void turn(const typename E::T* rows, int64_t count) const {
+    constexpr int V = Rows32<S>::kVectors, L = S::kLanes;
+    const int64_t size = job.pages.key_size;
+    for (int64_t p = 0; p < kPagePositions; p += L) {
+      for (int64_t c = 0; c < size; c += kGroup) {
+        const int64_t columns = size - c < kGroup ? size - c : kGroup;
+        typename S::F block[V][L];
+        for (int r = 0; r < L; ++r) {
+          typename S::F v[V];
+          for (auto& each : v) each = S::zero();
+          if (p + r < count) {
+            Rows32<S>::load({rows + (p + r) * size, 0, job.pages.dtype}, 0, c, columns, v);
+          }
+          for (int i = 0; i < V; ++i) block[i][r] = v[i];
+        }
+        for (int i = 0; i < V; ++i) {
+          S::transpose(block[i]);
+          for (int r = 0; r < L && i * L + r < columns; ++r) {
+            S::store(turned + (c + i * L + r) * kPagePositions + p, block[i][r]);
+          }
+        }
+      }
+    }
+  }
+
   void mix(const Mixed& sum, int64_t first, int64_t end, const typename E::T* values,
            int64_t count) const {
     const int64_t size = job.pages.value_size, stride = acc_stride(job.pages);
@@ -216,7 +246,7 @@ struct Attend {
     by_rows<S>(first, end, [&](int64_t r, auto n) {
       const float* p = scores + r * kPagePositions;
       for (int64_t c = 0; c < whole; c += kGroup) {
-        mix_rows<S, E, n()>(p, values + c, size, count, sum.acc + r * stride + c, stride);
+        mix_rows<S, E, n()>(p, values + c, value_row(), count, sum.acc + r * stride + c, stride);
       }
       if (whole < size) {
         mix_rows<S, KvF32<S>, n()>(p, tail, kGroup, count, sum.acc + r * stride + whole, stride);
@@ -231,7 +261,7 @@ struct Attend {
     constexpr int V = Rows32<S>::kVectors;
     for (int64_t i = 0; i < count; ++i) {
       typename S::F v[V];
-      Rows32<S>::load({values + i * size, 0, job.pages.dtype}, 0, whole, size - whole, v);
+      Rows32<S>::load({values + i * value_row(), 0, job.pages.dtype}, 0, whole, size - whole, v);
       for (int k = 0; k < V; ++k) S::store(tail + i * kGroup + k * S::kLanes, v[k]);
     }
   }
@@ -254,10 +284,18 @@ struct Attend {
       const auto* values = static_cast<const typename E::T*>(pages.values) +
                            page * pages.value_stride +
                            tile.kv_head * pages.value_size * kPagePositions;
-      by_rows<S>(first, tile.rows, [&](int64_t r, auto n) {
-        score_rows<S, E, n()>(q + r * pages.key_size, pages.key_size, keys,
-                              scores + r * kPagePositions);
-      });
+      const auto score = [&]<class K>(const typename K::T* columns) {
+        by_rows<S>(first, tile.rows, [&](int64_t r, auto n) {
+          score_rows<S, K, n()>(q + r * pages.key_size, pages.key_size, columns,
+                                scores + r * kPagePositions);
+        });
+      };
+      if (pages.latent) {
+        turn(keys, end - begin);
+        score.template operator()<KvF32<S>>(turned);
+      } else {
+        score.template operator()<E>(keys);
+      }
       soften(sum, first, begin);
       const auto count = [&](int64_t row) {
         const int64_t n = seen(row) - begin;
@@ -303,7 +341,8 @@ static void attention_of(const AttentionJob& job, ThreadPool& pool) {
   const auto attend = [&](const AttentionTile& tile, int thread) {
     float* work = job.work + thread * attention_work_floats(pages) + 2 * mixed;
     float* scores = work + kAttentionRows * pages.key_size;
-    return Attend<S, E>{job, tile, work, scores, scores + kAttentionRows * kPagePositions};
+    float* tail = scores + kAttentionRows * kPagePositions;
+    return Attend<S, E>{job, tile, work, scores, tail, tail + kPagePositions * kGroup};
   };
   if (job.parts > 0) {
     parallel_for(pool, job.parts, [&](int64_t part, int thread) {
@@ -374,6 +413,15 @@ static void store_kv_as(const StoreKvJob& job, ThreadPool& pool) {
             T* value = static_cast<T*>(pages.values) + page * pages.value_stride +
                        (h * kPagePositions + at) * pages.value_size;
             T columns[kGroup];
+            if (pages.latent) {
+              T* to = static_cast<T*>(pages.keys) + page * pages.key_stride + at * pages.key_size;
+              for (int64_t c = 0; c < pages.key_size; c += kGroup) {
+                const int64_t count = pages.key_size - c < kGroup ? pages.key_size - c : kGroup;
+                convert(job.key.row(t, h), c, count, columns);
+                std::memcpy(to + c, columns, static_cast<size_t>(count) * sizeof(T));
+              }
+              continue;
+            }
             for (int64_t c = 0; c < pages.key_size; c += kGroup) {
               const int64_t count = pages.key_size - c < kGroup ? pages.key_size - c : kGroup;
               convert(job.key.row(t, h), c, count, columns);

@@ -99,3 +99,9 @@ class KVCache:
 
     def advance(self, tokens: int) -> None:
         self.length += tokens
+
+    def truncate(self, length: int) -> None:
+        """Forget all positions from `length` on. Raises ValueError if there are not so many."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"length: expected 0 to {self.length}, those filled, got {length}")
+        self.length = length

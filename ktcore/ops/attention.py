@@ -61,25 +61,7 @@ def attention(
             f"query: expected a multiple of {key_pages.shape[1]} heads, those of key_pages, got "
             f"{heads}"
         )
-    _check.tensor(page_table, "page_table", (torch.int32,), 2)
-    sequences = page_table.shape[0]
-    _check.tensor(lengths, "lengths", (torch.int64,), 1)
-    _check.tensor(query_begin, "query_begin", (torch.int64,), 1)
-    for name, value, size in (
-        ("lengths", lengths, sequences),
-        ("query_begin", query_begin, sequences + 1),
-    ):
-        if value.shape[0] != size:
-            raise ValueError(
-                f"{name}: expected shape [{size}], for page_table's sequences, got "
-                f"{tuple(value.shape)}"
-            )
-    for name, value in (
-        ("page_table", page_table),
-        ("lengths", lengths),
-        ("query_begin", query_begin),
-    ):
-        _check.device(value, name, query.device, "query")
+    check_places(page_table, lengths, query_begin, query.device)
     if scale is None:
         scale = key_size**-0.5
     _check.number(scale, "scale")
@@ -119,14 +101,38 @@ def store_kv(
                 f"{name}: expected shape {list(expected)}, as the pages have it, got "
                 f"{tuple(given.shape)}"
             )
-    _check.tensor(slots, "slots", (torch.int64,), 1)
-    if slots.shape[0] != key.shape[0]:
-        raise ValueError(
-            f"slots: expected shape [{key.shape[0]}], one for each token, got {tuple(slots.shape)}"
-        )
-    _check.device(slots, "slots", key.device, "key")
+    check_slots(slots, key.shape[0], key.device)
     call = _store if direct(key) else torch.ops.ktcore.store_kv
     call(key, value, key_pages, value_pages, slots)
+
+
+def check_places(
+    page_table: Tensor, lengths: Tensor, query_begin: Tensor, device: torch.device
+) -> None:
+    """What says where sequences are; its values are checked where they are used."""
+    _check.tensor(page_table, "page_table", (torch.int32,), 2)
+    sequences = page_table.shape[0]
+    for name, value, size in (
+        ("lengths", lengths, sequences),
+        ("query_begin", query_begin, sequences + 1),
+    ):
+        _check.tensor(value, name, (torch.int64,), 1)
+        if value.shape[0] != size:
+            raise ValueError(
+                f"{name}: expected shape [{size}], for page_table's sequences, got "
+                f"{tuple(value.shape)}"
+            )
+        _check.device(value, name, device, "query")
+    _check.device(page_table, "page_table", device, "query")
+
+
+def check_slots(slots: Tensor, tokens: int, device: torch.device) -> None:
+    _check.tensor(slots, "slots", (torch.int64,), 1)
+    if slots.shape[0] != tokens:
+        raise ValueError(
+            f"slots: expected shape [{tokens}], one for each token, got {tuple(slots.shape)}"
+        )
+    _check.device(slots, "slots", device, "the tokens")
 
 
 def _check_pages(key_pages: Tensor, value_pages: Tensor, device: torch.device) -> None:
@@ -149,11 +155,12 @@ def _check_pages(key_pages: Tensor, value_pages: Tensor, device: torch.device) -
             raise ValueError(f"{name}: expected a contiguous tensor, got strides {pages.stride()}")
 
 
-def _request(op: str, x: Tensor) -> Request:
+def request(op: str, x: Tensor) -> Request:
+    """What is asked of an implementation about tokens x [T, ...]."""
     return Request(
         op=op,
         tokens=x.shape[0],
-        hidden_size=x.shape[2],
+        hidden_size=x.shape[-1],
         dtype=str(x.dtype).removeprefix("torch."),
         device=x.device.type,
     )
@@ -168,7 +175,7 @@ def _compute(
     query_begin: Tensor,
     scale: float,
 ) -> Tensor:
-    return select(_request("attention", query)).run(
+    return select(request("attention", query)).run(
         _check.detached(query),
         key_pages,
         value_pages,
@@ -182,7 +189,7 @@ def _compute(
 def _store(
     key: Tensor, value: Tensor, key_pages: Tensor, value_pages: Tensor, slots: Tensor
 ) -> None:
-    select(_request("store_kv", key)).run(
+    select(request("store_kv", key)).run(
         _check.detached(key), _check.detached(value), key_pages, value_pages, slots.contiguous()
     )
 

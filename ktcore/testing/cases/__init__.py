@@ -35,6 +35,8 @@ CASES: dict[str, tuple[Case, ...]] = {
     "rotary": decoder.ROTARY,
     "store_kv": decoder.STORE,
     "attention": decoder.ATTENTION,
+    "store_latent": decoder.STORE_LATENT,
+    "mla_attention": decoder.LATENT,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from ktcore.testing.oracle import Outcome
 TOLERANCE = 1e-6
 ATTENTION_TOLERANCE = 4e-6
 
+Tensors = tuple[Tensor, ...]
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
@@ -205,40 +207,51 @@ class AttentionCase:
         return format is None
 
     def run(self, format: str | None, backend: str) -> Outcome:
-        call = self.inputs()
-        got = ops.attention(*call, scale=self.scale)
-        scale = self.key_size**-0.5 if self.scale is None else self.scale
-        outcome = _close(got, oracle.attention(*call, scale), call[0], ATTENTION_TOLERANCE)
+        query, pages, places = self.inputs()
+        got = self.call(query, pages, places)
+        want = oracle.attention(query, *self.as_pages(pages), *places, self.factor)
+        outcome = _close(got, want, query, ATTENTION_TOLERANCE)
         if outcome.problem:
             return outcome
         if self.threads:
-            return _any_threads(lambda: ops.attention(*call, scale=self.scale), got)
+            return _any_threads(lambda: self.call(query, pages, places), got)
         if self.alone and backend != "reference":  # torch's sums depend on the batch
-            query, keys, values, table, lengths, begin = call
-            for s, (first, end) in enumerate(itertools.pairwise(begin)):
-                for t in range(int(first), int(end)):
-                    one = ops.attention(
-                        query[t : t + 1],
-                        keys,
-                        values,
-                        table[s : s + 1],
-                        lengths[s : s + 1] - (end - t) + 1,
-                        torch.tensor([0, 1]),
-                        scale=self.scale,
-                    )
-                    problem = oracle.same_bits(one, got[t : t + 1], f"for token {t} alone")
-                    if problem.problem:
-                        return problem
+            table, lengths, begin = places
+            for s, (first, end) in enumerate(itertools.pairwise(begin.tolist())):
+                for t in range(first, end):
+                    length = lengths[s : s + 1] - (end - t) + 1
+                    one = (table[s : s + 1], length, torch.tensor([0, 1]))
+                    alone = self.call(query[t : t + 1], pages, one)
+                    same = oracle.same_bits(alone, got[t : t + 1], f"for token {t} alone")
+                    if same.problem:
+                        return same
         return outcome
 
-    def inputs(self) -> tuple[Tensor, ...]:
-        """The arguments of a call; pages hold NaN where nothing is stored."""
+    @property
+    def factor(self) -> float:
+        return self.key_size**-0.5 if self.scale is None else self.scale
+
+    def call(self, query: Tensor, pages: Tensors, places: Tensors) -> Tensor:
+        return ops.attention(query, *pages, *places, scale=self.scale)
+
+    def as_pages(self, pages: Tensors) -> Tensors:
+        """Keys and values, as `attention` has them."""
+        return pages
+
+    def empty(self, total: int) -> Tensors:
+        keys = torch.full((total, self.kv_heads, self.key_size, PAGE), math.nan)
+        values = torch.full((total, self.kv_heads, PAGE, self.value_size), math.nan)
+        return keys.to(self.pages), values.to(self.pages)
+
+    def store(self, key: Tensor, value: Tensor, pages: Tensors, slots: Tensor) -> None:
+        ops.store_kv(key, value, *pages, slots)
+
+    def inputs(self) -> tuple[Tensor, Tensors, Tensors]:
+        """Queries, pages, which hold NaN where nothing is stored, and where sequences are."""
         rng = inputs.generator(self.name)
         sizes = [-(-n // PAGE) for n in self.lengths]
         total = sum(sizes) + 2
-        shape = (total, self.kv_heads)
-        keys = torch.full((*shape, self.key_size, PAGE), math.nan).to(self.pages)
-        values = torch.full((*shape, PAGE, self.value_size), math.nan).to(self.pages)
+        pages = self.empty(total)
         table = torch.full((len(sizes), max(1, *sizes)), -1, dtype=torch.int32)
         order = torch.randperm(total, generator=rng).to(torch.int32)
         for s, (n, length) in enumerate(zip(sizes, self.lengths, strict=True)):
@@ -247,17 +260,58 @@ class AttentionCase:
             value = torch.randn(length, self.kv_heads, self.value_size, generator=rng)
             value = value.to(self.dtype)
             if self.spoiled and length:
-                value[-1, 0, 0] = float(self.spoiled)
+                value[-1, 0, 0] = key[-1, 0, 0] = float(self.spoiled)
             positions = torch.arange(length)
             slots = table[s, positions // PAGE].to(torch.int64) * PAGE + positions % PAGE
             for part in (slice(0, length // 2), slice(length // 2, length)):
-                ops.store_kv(key[part], value[part], keys, values, slots[part])
+                self.store(key[part], value[part], pages, slots[part])
         begin = torch.tensor([0, *self.counts]).cumsum(0)
-        query = torch.randn(
-            int(begin[-1]), self.kv_heads * self.group * self.key_size, generator=rng
+        columns = self.kv_heads * self.group * self.key_size
+        query = torch.randn(int(begin[-1]), columns, generator=rng).to(self.dtype)
+        query = _of_heads(query, self.kv_heads * self.group, True)
+        return query, pages, (table, torch.tensor(self.lengths), begin)
+
+
+@dataclass(frozen=True)
+class LatentCase(AttentionCase):
+    """The same for `mla_attention`."""
+
+    kv_heads: int = 1
+    group: int = 16
+    key_size: int = 72
+    op: str = "mla_attention"
+
+    def call(self, query: Tensor, pages: Tensors, places: Tensors) -> Tensor:
+        return ops.mla_attention(
+            query, *pages, *places, value_size=self.value_size, scale=self.factor
         )
-        query = _of_heads(query.to(self.dtype), self.kv_heads * self.group, True)
-        return query, keys, values, table, torch.tensor(self.lengths), begin
+
+    def as_pages(self, pages: Tensors) -> Tensors:
+        (latents,) = pages
+        return latents.transpose(1, 2)[:, None], latents[:, None, :, : self.value_size]
+
+    def empty(self, total: int) -> Tensors:
+        return (torch.full((total, PAGE, self.key_size), math.nan).to(self.pages),)
+
+    def store(self, key: Tensor, value: Tensor, pages: Tensors, slots: Tensor) -> None:
+        ops.store_latent(key[:, 0], *pages, slots)
+
+
+def _latent_cases() -> list[LatentCase]:
+    case = LatentCase
+    return [
+        *(case(f"{n} positions, {t} tokens", (n,), (t,)) for n, t in ((1, 1), (33, 33), (700, 1))),
+        case("DeepSeek-V3", (70,), (3,), group=128, key_size=576, value_size=512, pages=BF16),
+        *(
+            case(f"sizes {k} {v}", (45,), (5,), group=3, key_size=k, value_size=v)
+            for k, v in ((1, 1), (40, 33), (65, 65), (100, 64))
+        ),
+        *(case(f"pages {_name(p)}", (90,), (9,), dtype=BF16, pages=p) for p in (F32, F16, BF16)),
+        case("sequences", (5, 600, 0, 64), (5, 1, 0, 0)),
+        case("a latent is nan", (70,), (5,), spoiled="nan", alone=True),
+        case("bits alike with 1, 2, 5 threads", (1100, 33), (1, 1), threads=True),
+        case("bits alike in any batch", (600, 40), (20, 40), pages=F16, alone=True),
+    ]
 
 
 def _attention_cases() -> list[AttentionCase]:
@@ -300,8 +354,7 @@ class StoreCase:
     dtype: torch.dtype = F32
     pages: torch.dtype = F32
     x: str = "normal"
-
-    op = "store_kv"
+    op: str = "store_kv"
 
     def applies(self, format: str | None) -> bool:
         return format is None
@@ -326,7 +379,14 @@ class StoreCase:
             if slot >= 0:
                 wanted[0][slot // PAGE, :, :, slot % PAGE] = self._rounded(key[t])
                 wanted[1][slot // PAGE, :, slot % PAGE] = self._rounded(value[t])
-        ops.store_kv(key, value, *pages, slots)
+        if self.op == "store_latent":
+            pages, wanted = pages[:1], wanted[:1]
+            latents = pages[0][:, 0].transpose(1, 2).contiguous()
+            ops.store_latent(key[:, 0], latents, slots)
+            pages[0][:, 0] = latents.transpose(1, 2)
+            wanted[0][:, 1:] = pages[0][:, 1:]
+        else:
+            ops.store_kv(key, value, *pages, slots)
         for got, want in zip(pages, wanted, strict=True):
             outcome = oracle.same_bits(got, want, "in the pages")
             if outcome.problem:
@@ -343,6 +403,7 @@ class StoreCase:
 NORM = tuple(_norm_cases())
 ROTARY = tuple(_rotary_cases())
 ATTENTION = tuple(_attention_cases())
+LATENT = tuple(_latent_cases())
 STORE = tuple(
     [StoreCase(f"tokens={t}", t) for t in (0, 1, 200)]
     + [
@@ -352,3 +413,4 @@ STORE = tuple(
     ]
     + [StoreCase(f"{kind} in float16", pages=F16, x=kind) for kind in ("huge", "nan", "inf")]
 )
+STORE_LATENT = tuple(dataclasses.replace(case, op="store_latent") for case in STORE)
