@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ktcore.cli._report import PHASES, SHAPE, size
+from ktcore.dispatch.registry import WITHOUT_WEIGHTS
 
 GOOD, BAD, WEAK, TITLE = "green", "bold red", "dim", "bold"
 STATES = {
@@ -244,6 +245,10 @@ def _where(requests: list[dict[str, Any]], serves: list[dict[str, Any]]) -> str:
         if several:
             words.append(f"on {device}")
         parts.append(" ".join(words))
+    # Operators without weights are many, and mostly go the same way.
+    plain = [op for op in dict.fromkeys(r["op"] for r in every) if op in WITHOUT_WEIGHTS]
+    if not several and len(plain) > 1 and set(plain) <= set(parts):
+        parts = [part for part in parts if part not in plain] + ["what has no weights"]
     return _list(parts)
 
 
