@@ -166,7 +166,7 @@ def main(
     if as_json:
         document = {
             "measured_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "command": ["python", *sys.argv],
+            "command": ["python", *(Path(part).name if "/" in part else part for part in sys.argv)],
             "cpu": cpu_brand(),
             "threads": threads,
             "ktcore": ktcore.__version__,

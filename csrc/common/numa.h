@@ -14,9 +14,9 @@ std::vector<int> allowed_nodes();
 void set_memory_nodes(std::vector<int> nodes);
 std::vector<int> memory_nodes();
 
-// Spreads pages that nobody has touched yet over `memory_nodes`, one by one: tasks go to whichever
-// thread is free, so that every thread reads all of a weight, and all nodes' memory together is
-// faster than any node's alone. A hint: refusal costs speed, not correctness.
+// Spreads pages that nobody has touched yet over `memory_nodes`, one by one: which thread reads a block
+// depends on what is active, so that every thread reads all of a weight, and all nodes' memory together
+// is faster than any node's alone. A hint: refusal costs speed, not correctness.
 void interleave(void* data, size_t bytes);
 
 }  // namespace ktcore

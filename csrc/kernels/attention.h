@@ -246,10 +246,12 @@ struct Attend {
     by_rows<S>(first, end, [&](int64_t r, auto n) {
       const float* p = scores + r * kPagePositions;
       for (int64_t c = 0; c < whole; c += kGroup) {
-        mix_rows<S, E, n()>(p, values + c, value_row(), count, sum.acc + r * stride + c, stride);
+        mix_rows<S, E, decltype(n)::value>(p, values + c, value_row(), count,
+                                           sum.acc + r * stride + c, stride);
       }
       if (whole < size) {
-        mix_rows<S, KvF32<S>, n()>(p, tail, kGroup, count, sum.acc + r * stride + whole, stride);
+        mix_rows<S, KvF32<S>, decltype(n)::value>(p, tail, kGroup, count,
+                                                  sum.acc + r * stride + whole, stride);
       }
     });
   }
@@ -286,8 +288,8 @@ struct Attend {
                            tile.kv_head * pages.value_size * kPagePositions;
       const auto score = [&]<class K>(const typename K::T* columns) {
         by_rows<S>(first, tile.rows, [&](int64_t r, auto n) {
-          score_rows<S, K, n()>(q + r * pages.key_size, pages.key_size, columns,
-                                scores + r * kPagePositions);
+          score_rows<S, K, decltype(n)::value>(q + r * pages.key_size, pages.key_size, columns,
+                                               scores + r * kPagePositions);
         });
       };
       if (pages.latent) {

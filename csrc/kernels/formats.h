@@ -872,6 +872,14 @@ KT_NOINLINE static void multiply(const WeightLayout& layout, const uint8_t* bloc
   const TokenTile& last = tiles[count - 1];
   const int64_t rows = (last.first + last.tokens - tiles[0].first) * planes;
   std::memset(out, 0, static_cast<size_t>(rows * kBlockRows) * sizeof(float));
+  // Outer scales that several groups share stand behind the groups: those of the block that is next in
+  // memory are asked for now, as it begins with them.
+  const int64_t block_bytes = layout.block_bytes(groups * kGroup);
+  if (layout.scaled() && layout.span > 1) {
+    for (int64_t at = groups * layout.group_bytes(); at < block_bytes; at += 64) {
+      S::prefetch_l2(block + block_bytes + at);
+    }
+  }
   // Calls f(i, range) for every tile i, and that for one range of columns after the other.
   const auto each = [&](int64_t step, auto&& begin, auto&& f) {
     for (int64_t first = 0; first < groups; first += step) {
