@@ -418,10 +418,15 @@ def operators(backend: str) -> list[Implementation]:
         implementation("dequantize", CONVERTED, dequantize, flat),
         implementation("quantize", CONVERTED, quantize, flat),
         implementation("route", (), route, flat, _route_fits, recordable=True),
-        implementation("rms_norm", (), rms_norm, flat, recordable=True),
-        implementation("rotary", (), rotary, flat, recordable=True),
-        implementation("store_kv", (), store_kv, flat, recordable=True),
-        implementation("attention", (), attention, flat, recordable=True),
-        implementation("store_latent", (), store_latent, flat, recordable=True),
-        implementation("mla_attention", (), mla_attention, flat, recordable=True),
+        *(
+            implementation(op, (), run, flat, recordable=True)
+            for op, run in (
+                ("rms_norm", rms_norm),
+                ("rotary", rotary),
+                ("store_kv", store_kv),
+                ("attention", attention),
+                ("store_latent", store_latent),
+                ("mla_attention", mla_attention),
+            )
+        ),
     ]

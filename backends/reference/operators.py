@@ -164,6 +164,14 @@ def check_index(name: str, values: Tensor, end: int, least: int = 0) -> None:
         raise IndexError(f"{name}[{i}] is {int(values[i])}; expected {least} to {end - 1}")
 
 
+def _as_stored(tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounded to the type of pages: what float16 cannot hold becomes its largest number."""
+    if dtype == torch.float16:
+        most = torch.finfo(dtype).max
+        tokens = tokens.clamp(-most, most) + (tokens - tokens)  # what is not finite stays so
+    return tokens.to(dtype)
+
+
 def store_kv(
     key: Tensor, value: Tensor, key_pages: Tensor, value_pages: Tensor, slots: Tensor
 ) -> None:
@@ -175,11 +183,7 @@ def store_kv(
         (key_pages, key, (page, slice(None), slice(None), at)),
         (value_pages, value, (page, slice(None), at)),
     ):
-        tokens = tokens[stored]
-        if pages.dtype == torch.float16:
-            most = torch.finfo(torch.float16).max
-            tokens = tokens.clamp(-most, most) + (tokens - tokens)
-        pages[place] = tokens.to(pages.dtype)
+        pages[place] = _as_stored(tokens[stored], pages.dtype)
 
 
 def attention(
@@ -240,11 +244,8 @@ def store_latent(latent: Tensor, latent_pages: Tensor, slots: Tensor) -> None:
     pages, page, size = latent_pages.shape
     check_index("slots", slots, page * pages, -1)
     stored = slots >= 0
-    latent = latent[stored]
-    if latent_pages.dtype == torch.float16:
-        most = torch.finfo(torch.float16).max
-        latent = latent.clamp(-most, most) + (latent - latent)
-    latent_pages.view(-1, size)[slots[stored]] = latent.to(latent_pages.dtype)
+    rows = latent_pages.view(-1, size)
+    rows[slots[stored]] = _as_stored(latent[stored], latent_pages.dtype)
 
 
 def mla_attention(

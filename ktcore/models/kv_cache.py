@@ -42,6 +42,7 @@ class KVCache:
         self._pages = [self._allocate(0) for _ in range(config.num_hidden_layers)]
         self.positions = self.slots = torch.empty(0, dtype=torch.int64)
         self._one = torch.empty(1, dtype=torch.int64)  # what both are for a single token
+        self.page_table = torch.empty(1, 0, dtype=torch.int32)
         self.lengths = torch.zeros(1, dtype=torch.int64)
         self.query_begin = torch.zeros(2, dtype=torch.int64)
 
@@ -72,11 +73,9 @@ class KVCache:
             self._pages[i] = self._allocate(pages)
             for new, stored in zip(self._pages[i], old, strict=True):
                 new[: len(stored)] = stored
-        self.capacity, self.moved, self.recorded = (
-            min(pages * PAGE, self._limit),
-            self.moved + 1,
-            None,
-        )
+        self.capacity = min(pages * PAGE, self._limit)
+        self.moved += 1
+        self.recorded = None  # it reads the old pages
         self.page_table = torch.arange(pages, dtype=torch.int32)[None]
 
     def place(self, tokens: int) -> None:
