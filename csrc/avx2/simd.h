@@ -135,6 +135,9 @@ struct Simd {
   static KT_INLINE I look_up(I table, I bytes) { return _mm256_shuffle_epi8(table, bytes); }
   static KT_INLINE I sub_i16(I a, I b) { return _mm256_sub_epi16(a, b); }
   static KT_INLINE I set1_i16(int16_t v) { return _mm256_set1_epi16(v); }
+  static KT_INLINE I set1_i8(int8_t v) { return _mm256_set1_epi8(v); }
+  static KT_INLINE I add_i32(I a, I b) { return _mm256_add_epi32(a, b); }
+  static KT_INLINE I times_256(I a) { return _mm256_slli_epi32(a, 8); }
   static KT_INLINE void store_i(void* p, I v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v);
   }
@@ -166,18 +169,30 @@ struct Simd {
     std::memcpy(&out, &bits, 4);
     return out;
   }
-  // Rounds 32 values v * inverse to 16-bit integers; `sum` is of 16 each. Of each four, the middle two
-  // change places: see encode.h.
-  static KT_INLINE void encode16(const F* v, F inverse, int16_t* out, int32_t* sum) {
+  // Rounds 32 values v * inverse to 16-bit integers, in the order of WordQuads or, if `bytes`, of
+  // ByteQuads; `sum` is of 16 each.
+  static KT_INLINE void encode16(const F* v, F inverse, bool bytes, uint8_t* out, int32_t* sum) {
     I n[4];
     KT_UNROLL
     for (int i = 0; i < 4; ++i) n[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], inverse));
-    KT_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      // The pack works within 128-bit halves: put its quarters back in order.
-      I q = _mm256_permute4x64_epi64(_mm256_packs_epi32(n[2 * i], n[2 * i + 1]), 0xd8);
-      q = _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(q, 0xd8), 0xd8);
-      store_i(out + 16 * i, q);
+    if (bytes) {
+      I upper[4], lower[4];
+      KT_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        upper[i] = _mm256_srai_epi32(_mm256_add_epi32(n[i], _mm256_set1_epi32(128)), 8);
+        lower[i] = _mm256_srai_epi32(_mm256_slli_epi32(n[i], 24), 24);
+      }
+      const I high = pack_bytes(upper), low = pack_bytes(lower);
+      const I first = _mm256_unpacklo_epi32(high, low), second = _mm256_unpackhi_epi32(high, low);
+      store_i(out, _mm256_permute2x128_si256(first, second, 0x20));
+      store_i(out + 32, _mm256_permute2x128_si256(first, second, 0x31));
+    } else {
+      KT_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        // The pack works within 128-bit halves: put its quarters back in order.
+        const I q = _mm256_permute4x64_epi64(_mm256_packs_epi32(n[2 * i], n[2 * i + 1]), 0xd8);
+        store_i(out + 32 * i, _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(q, 0xd8), 0xd8));
+      }
     }
     KT_UNROLL
     for (int i = 0; i < 2; ++i) {
@@ -193,21 +208,23 @@ struct Simd {
     I n[4];
     KT_UNROLL
     for (int i = 0; i < 4; ++i) n[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], inverse));
-    store_bytes(n, out);
+    store_i(out, pack_bytes(n));
   }
   // 32 integers that fit in bytes. The packs work within 128-bit halves; one permutation of 32-bit
   // words restores the order.
-  static KT_INLINE void store_bytes(const I* n, int8_t* out) {
+  static KT_INLINE I pack_bytes(const I* n) {
     const I bytes =
         _mm256_packs_epi16(_mm256_packs_epi32(n[0], n[1]), _mm256_packs_epi32(n[2], n[3]));
-    const I order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permutevar8x32_epi32(bytes, order));
+    return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
   }
 
-  // ---- dot products of two 16-bit weights with two 16-bit activations, per 32-bit lane
-  // dot_u8, of four unsigned bytes with four signed ones, is the fastest the unit does, for
-  // measuring it.
+  // ---- dot products, per 32-bit lane: dot_i16 of two 16-bit weights with two 16-bit activations,
+  // dot_u8 of four unsigned bytes with four signed ones. Tiles of up to kByteRows rows take the latter,
+  // which must then be exact.
 #if defined(KTCORE_VNNI)
+  static constexpr int kByteRows = 2;
+  static KT_INLINE I add_i16(I a, I b) { return _mm256_add_epi16(a, b); }
+  static KT_INLINE I and_or(I a, I mask, I b) { return or_i(and_i(a, mask), b); }
 #if defined(KT_ASM)
   // As intrinsics, GCC copies sums from register to register.
   static KT_INLINE I dot_i16(I acc, I w, I a) {
@@ -223,6 +240,7 @@ struct Simd {
   static KT_INLINE I dot_u8(I acc, I w, I a) { return _mm256_dpbusd_avx_epi32(acc, w, a); }
 #endif
 #else
+  static constexpr int kByteRows = 0;
   static KT_INLINE I dot_i16(I acc, I w, I a) {
     return _mm256_add_epi32(acc, _mm256_madd_epi16(w, a));
   }

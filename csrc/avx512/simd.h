@@ -134,6 +134,9 @@ struct Simd {
   static KT_INLINE I look_up(I table, I bytes) { return _mm512_shuffle_epi8(table, bytes); }
   static KT_INLINE I sub_i16(I a, I b) { return _mm512_sub_epi16(a, b); }
   static KT_INLINE I set1_i16(int16_t v) { return _mm512_set1_epi16(v); }
+  static KT_INLINE I set1_i8(int8_t v) { return _mm512_set1_epi8(v); }
+  static KT_INLINE I add_i32(I a, I b) { return _mm512_add_epi32(a, b); }
+  static KT_INLINE I times_256(I a) { return _mm512_slli_epi32(a, 8); }
   static KT_INLINE void store_i(void* p, I v) { _mm512_storeu_si512(p, v); }
   static KT_INLINE I broadcast4(const uint8_t* p) {
     int32_t v;
@@ -167,16 +170,25 @@ struct Simd {
     std::memcpy(&out, &m, 4);
     return out;
   }
-  // Rounds 32 values v * inverse to 16-bit integers; `sum` is of 16 each. Of each four, the middle two
-  // change places: see encode.h.
-  static KT_INLINE void encode16(const F* v, F inverse, int16_t* out, int32_t* sum) {
+  // Rounds 32 values v * inverse to 16-bit integers, in the order of WordQuads or, if `bytes`, of
+  // ByteQuads; `sum` is of 16 each.
+  static KT_INLINE void encode16(const F* v, F inverse, bool bytes, uint8_t* out, int32_t* sum) {
     KT_UNROLL
     for (int i = 0; i < 2; ++i) {
       const I n = _mm512_cvtps_epi32(_mm512_mul_ps(v[i], inverse));
-      __m256i q = _mm512_cvtepi32_epi16(n);
-      q = _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(q, 0xd8), 0xd8);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 16 * i), q);
       sum[i] = sum_i32(n);
+      auto* to = reinterpret_cast<__m128i*>(out + 32 * i);
+      if (bytes) {
+        const I carried = _mm512_add_epi32(n, _mm512_set1_epi32(128));
+        const __m128i upper = _mm512_cvtepi32_epi8(_mm512_srai_epi32(carried, 8));
+        const __m128i lower = _mm512_cvtepi32_epi8(n);
+        _mm_storeu_si128(to, _mm_unpacklo_epi32(upper, lower));
+        _mm_storeu_si128(to + 1, _mm_unpackhi_epi32(upper, lower));
+      } else {
+        const __m256i q = _mm512_cvtepi32_epi16(n);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                            _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(q, 0xd8), 0xd8));
+      }
     }
   }
   // Rounds 32 values v * inverse to int8.
@@ -188,10 +200,15 @@ struct Simd {
     }
   }
 
-  // ---- dot products of two 16-bit weights with two 16-bit activations, per 32-bit lane;
-  // dot_u8, of four unsigned bytes with four signed ones, is the fastest the unit does, for
-  // measuring it.
+  // ---- dot products, per 32-bit lane: dot_i16 of two 16-bit weights with two 16-bit activations,
+  // dot_u8 of four unsigned bytes with four signed ones. Tiles of up to kByteRows rows take the latter,
+  // which must then be exact.
 #if defined(KTCORE_VNNI)
+  static constexpr int kByteRows = 3;
+  static KT_INLINE I add_i16(I a, I b) { return _mm512_add_epi16(a, b); }
+  static KT_INLINE I and_or(I a, I mask, I b) {
+    return _mm512_ternarylogic_epi32(a, mask, b, 0xea);
+  }
 #if defined(KT_ASM)
   // As intrinsics, GCC copies a third of the sums from register to register.
   static KT_INLINE I dot_i16(I acc, I w, I a) {
@@ -207,6 +224,7 @@ struct Simd {
   static KT_INLINE I dot_u8(I acc, I w, I a) { return _mm512_dpbusd_epi32(acc, w, a); }
 #endif
 #else
+  static constexpr int kByteRows = 0;
   static KT_INLINE I dot_i16(I acc, I w, I a) {
     return _mm512_add_epi32(acc, _mm512_madd_epi16(w, a));
   }

@@ -20,13 +20,11 @@ static KT_INLINE void copy_rows(const uint8_t* from, int count, uint8_t* to, int
 
 // 16-bit integers with one scale per group of 32. Eight bits would halve the dot products of large
 // batches, but leave 0.5 % of error in the first matrix and 1.2 % in the whole of `moe`; sixteen
-// leave 0.003 %, and multiply bytes and nibbles without their ever needing a bias.
+// leave 0.003 %.
 //
-// The weights come as bytes or nibbles, four columns to a 32-bit lane; shifts widen bytes 0 and 2 of
-// the lane together, then 1 and 3. So the pairs of a group of four columns are (0, 2) and (1, 3).
-//
-// Tile: pair[K/2][R] of int16[2]; scale[K/32][R] f32; sum[K/16][R] i32, of 16 columns' integers each,
-// which undo the weights' bias and which their offsets multiply.
+// Four columns at a time are two items of four bytes, as Quads (quads.h) takes them:
+// item[K/2][R]; scale[K/32][R] f32; sum[K/16][R] i32, of 16 columns' integers each, which undo the
+// weights' bias and which their offsets multiply.
 template <class S>
 struct Int16Codec {
   using F = typename S::F;
@@ -49,12 +47,13 @@ struct Int16Codec {
     const bool tiny = amax < 1e-30f;
     // An infinite or NaN value makes the whole token NaN, as the exact sum of products would be.
     const bool finite = amax <= 3.4028235e38f;
-    constexpr float kLargest = 32767.0f;
-    alignas(64) int16_t q[kGroup];
+    constexpr float kLargest = 127 * 256 + 127;  // of a sum of two signed bytes
+    alignas(64) uint8_t items[2 * kGroup];
     int32_t sum[2];
-    S::encode16(v, S::set1(finite && !tiny ? kLargest / amax : 0.0f), q, sum);
+    S::encode16(v, S::set1(finite && !tiny ? kLargest / amax : 0.0f), rows <= S::kByteRows, items,
+                sum);
     for (int64_t i = 0; i < kGroup / 2; ++i) {
-      std::memcpy(tile + ((group * (kGroup / 2) + i) * rows + row) * 4, q + 2 * i, 4);
+      std::memcpy(tile + ((group * (kGroup / 2) + i) * rows + row) * 4, items + 4 * i, 4);
     }
     const float scale = !finite ? std::numeric_limits<float>::quiet_NaN()
                         : tiny  ? 0.0f
@@ -67,7 +66,32 @@ struct Int16Codec {
 
   static KT_INLINE void gather(const uint8_t* token, int, uint8_t* tile, int64_t rows, int64_t row,
                                int64_t groups) {
-    copy_rows<4>(token, 1, tile, rows, row, groups * (kGroup / 2 + 3));
+    const int64_t items = groups * (kGroup / 2);
+    if constexpr (S::kByteRows > 0) {
+      if (rows > S::kByteRows) {
+        for (int64_t g = 0; g < groups; ++g) {
+          alignas(64) uint8_t words[2 * kGroup];
+          for (int64_t at = 0; at < 2 * kGroup; at += S::kLanes * 4) {
+            S::store_i(words + at, words_of_bytes(S::load_i(token + g * 2 * kGroup + at)));
+          }
+          copy_rows<4>(words, 1, tile + g * 2 * kGroup * rows, rows, row, kGroup / 2);
+        }
+        copy_rows<4>(token + items * 4, 1, tile + items * 4 * rows, rows, row, groups * 3);
+        return;
+      }
+    }
+    copy_rows<4>(token, 1, tile, rows, row, items + groups * 3);
+  }
+
+ private:
+  // Items of ByteQuads as those of WordQuads.
+  static KT_INLINE typename S::I words_of_bytes(typename S::I items) {
+    static constexpr int8_t kUpper[16] = {-1, 0, -1, 2, -1, 1, -1, 3, -1, 8, -1, 10, -1, 9, -1, 11};
+    static constexpr int8_t kLower[16] = {-1, 4,  -1, 6,  -1, 5,  -1, 7,
+                                          -1, 12, -1, 14, -1, 13, -1, 15};
+    const typename S::I upper = S::look_up(items, S::table16(kUpper));
+    const typename S::I lower = S::look_up(items, S::table16(kLower));
+    return S::add_i16(upper, S::odd_bytes(lower));
   }
 };
 

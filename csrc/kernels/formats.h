@@ -180,41 +180,40 @@ struct Int8Channel {
   template <int R>
   KT_NOINLINE static void dot(const WeightLayout&, const uint8_t* block, Range range,
                               const uint8_t* tile, float* out, int64_t prefetch) {
-    constexpr int V = vectors_at_once<S>(R, S::kIntCells);
+    using Quad = Quads<S, R>;
+    constexpr int V = vectors_at_once<S>(R, Quad::kCells);
     const float* x_scale = Codec::scales(tile, R, range.groups) + range.first * R;
+    const int32_t* x_sum = Codec::sums(tile, R, range.groups) + 2 * range.first * R;
     for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
       typename S::F acc[V][R];
       load_sums<S>(acc, out, v0);
       const uint8_t* a = tile + range.first * kGroup * 2 * R;
       const uint8_t* w = block + range.first * kGroupBytes + v0 * S::kLanes * 4;
       for (int64_t g = 0; g < range.count; ++g, a += 2 * kGroup * R, w += kGroupBytes) {
-        typename S::I sum[V][R];
+        typename Quad::Sum sum[V][R];
         KT_UNROLL
-        for (int v = 0; v < V; ++v) {
+        for (int r = 0; r < R; ++r) {
+          const auto start = S::set1_i32(-Quad::kByteBias * piece_sum<1, R>(x_sum, g, r));
           KT_UNROLL
-          for (int r = 0; r < R; ++r) sum[v][r] = S::zero_i();
+          for (int v = 0; v < V; ++v) sum[v][r] = Quad::start(start);
         }
         KT_UNROLL
         for (int unit = 0; unit < kUnits; ++unit) {
-          typename S::I raw[V], weight[V];
+          typename Quad::Weights weight[V];
           KT_UNROLL
           for (int v = 0; v < V; ++v) {
             const uint8_t* p = w + unit * kUnitBytes + v * S::kLanes * 4;
             S::prefetch(p + prefetch);
-            raw[v] = S::load_i(p);
-            weight[v] = S::even_bytes(raw[v]);
+            weight[v] = Quad::of_bytes(S::load_i(p));
           }
-          dot_pair<V, R>(sum, weight, a + (unit * 2) * R * 4);
-          KT_UNROLL
-          for (int v = 0; v < V; ++v) weight[v] = S::odd_bytes(raw[v]);
-          dot_pair<V, R>(sum, weight, a + (unit * 2 + 1) * R * 4);
+          Quad::template add<V, R>(sum, weight, a + unit * 2 * R * 4);
         }
         KT_UNROLL
         for (int r = 0; r < R; ++r) {
           const typename S::F scale = S::set1(x_scale[g * R + r]);
           KT_UNROLL
           for (int v = 0; v < V; ++v) {
-            acc[v][r] = S::fma(S::to_f32(sum[v][r]), scale, acc[v][r]);
+            acc[v][r] = S::fma(S::to_f32(Quad::total(sum[v][r])), scale, acc[v][r]);
           }
         }
       }
@@ -229,9 +228,9 @@ struct Int8Channel {
     for (int64_t unit = 0; unit < range.count * kUnits;
          ++unit, w += kUnitBytes, to += 2 * kUnitBytes) {
       for (int64_t at = 0; at < kUnitBytes; at += S::kLanes * 4) {
-        const typename S::I raw = S::load_i(w + at);
-        S::store_i(to + at, S::even_bytes(raw));
-        S::store_i(to + kUnitBytes + at, S::odd_bytes(raw));
+        const auto weights = WordQuads<S>::of_bytes(S::load_i(w + at));
+        S::store_i(to + at, weights.even);
+        S::store_i(to + kUnitBytes + at, weights.odd);
       }
     }
   }
@@ -245,18 +244,6 @@ struct Int8Channel {
         float* to = out + r * kBlockRows + v;
         S::store(to, S::mul(S::load(to), scale));
       }
-    }
-  }
-
- private:
-  template <int V, int R>
-  static KT_INLINE void dot_pair(typename S::I (&sum)[V][R], const typename S::I (&weight)[V],
-                                 const uint8_t* a) {
-    KT_UNROLL
-    for (int r = 0; r < R; ++r) {
-      const typename S::I x = S::broadcast4(a + r * 4);
-      KT_UNROLL
-      for (int v = 0; v < V; ++v) sum[v][r] = S::dot_i16(sum[v][r], weight[v], x);
     }
   }
 };
@@ -342,8 +329,7 @@ class GroupScales {
 // levels; kSets sets of scales a group. What varies more finely is in the layout.
 //
 // Codes of 3, 5 and 6 bits are in two parts: the lower 2 or 4 bits in units of their own, the upper
-// ones in others. Four columns (a quad) are taken out of the bytes of a lane at a time, as two words
-// of two 16-bit integers.
+// ones in others. Four columns (a quad) are taken out of the bytes of a lane at a time.
 template <class S, int kBits, bool kTable, int kSets>
 struct Coded {
   using Codec = Int16Codec<S>;
@@ -357,11 +343,12 @@ struct Coded {
   template <int R>
   KT_NOINLINE static void dot(const WeightLayout& layout, const uint8_t* block, Range range,
                               const uint8_t* tile, float* out, int64_t prefetch) {
-    constexpr int V = vectors_at_once<S>(R, S::kIntCells);
+    using Quad = Quads<S, R>;
+    constexpr int V = vectors_at_once<S>(R, Quad::kCells);
     const int64_t group_bytes = layout.group_bytes(), end = range.first + range.count;
     const float* x_scale = Codec::scales(tile, R, range.groups);
     const int32_t* x_sum = Codec::sums(tile, R, range.groups);
-    const I levels = S::table16(layout.levels);
+    const I levels = Quad::table(layout.levels);
     GroupScales<S, kSets> scales(layout, kCodeBytes, block, range.groups);
     for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
       F acc[V][R];
@@ -382,7 +369,7 @@ struct Coded {
   KT_NOINLINE static void expand(const WeightLayout& layout, const uint8_t* block, Range range,
                                  Panel& panel) {
     const int64_t group_bytes = layout.group_bytes();
-    const I levels = S::table16(layout.levels);
+    const I levels = WordQuads<S>::table(layout.levels);
     const I bias = S::set1_i16(static_cast<int16_t>(layout.bias));
     GroupScales<S, kSets> scales(layout, kCodeBytes, block, range.groups);
     uint8_t* to = panel.weights;
@@ -390,7 +377,7 @@ struct Coded {
     for (int64_t g = 0; g < range.count; ++g, to += kGroup / 2 * kUnitBytes) {
       const uint8_t* group = block + (range.first + g) * group_bytes;
       for (int64_t at = 0; at < kUnitBytes; at += S::kLanes * 4) {
-        expand_quads(group + at, levels, bias, to + at, Quads<8>());
+        expand_quads(group + at, levels, bias, to + at, Numbers<8>());
       }
       constexpr int kVectors = static_cast<int>(kBlockRows) / S::kLanes;
       scales.template enter<kVectors>(range.first + g, 0, g == 0);
@@ -414,36 +401,24 @@ struct Coded {
   static constexpr int kLowQuads = 8 / kLow, kHighQuads = kHigh == 0 ? 8 : 8 / kHigh;
 
   template <int N>
-  using Quads = std::make_integer_sequence<int, N>;
+  using Numbers = std::make_integer_sequence<int, N>;
 
-  // Bits [shift, shift + count) of every 16, moved to `to`.
-  template <int kShift, int kCount, int kTo>
-  static KT_INLINE I field(I raw) {
-    const I moved = S::template shift16<kShift - kTo>(raw);
-    if constexpr (kShift + kCount == 16 && kTo == 0) return moved;
-    return S::and_i(moved, S::set1_i16(((1 << kCount) - 1) << kTo));
+  // What all codes are larger by than the weights they stand for.
+  template <class Quad>
+  static KT_INLINE int32_t bias(const WeightLayout& layout) {
+    return kTable || kBits == 8 ? Quad::kByteBias : layout.bias;
   }
 
   // Quad Q of a group out of the units that hold its lower and upper bits.
-  template <int Q>
-  static KT_INLINE void widen(I low, I high, I levels, I& even, I& odd) {
+  template <class Quad, int Q>
+  static KT_INLINE typename Quad::Weights widen(I low, I high, I levels) {
+    constexpr int kAt = Q % kLowQuads * kLow, kHighAt = kHigh == 0 ? 0 : Q % kHighQuads * kHigh;
     if constexpr (kTable) {
-      const I codes = Q % 2 == 0 ? S::low_nibbles(low) : S::high_nibbles(low);
-      const I bytes = S::look_up(levels, codes);
-      even = S::even_bytes(bytes);
-      odd = S::odd_bytes(bytes);
+      return Quad::of_levels(levels, Q % 2 == 0 ? S::low_nibbles(low) : S::high_nibbles(low));
     } else if constexpr (kBits == 8) {
-      even = S::even_bytes(low);
-      odd = S::odd_bytes(low);
+      return Quad::of_bytes(low);
     } else {
-      constexpr int kAt = Q % kLowQuads * kLow;
-      even = field<kAt, kLow, 0>(low);
-      odd = field<kAt + 8, kLow, 0>(low);
-      if constexpr (kHigh > 0) {
-        constexpr int kHighAt = Q % kHighQuads * kHigh;
-        even = S::or_i(even, field<kHighAt, kHigh, kLow>(high));
-        odd = S::or_i(odd, field<kHighAt + 8, kHigh, kLow>(high));
-      }
+      return Quad::template of_codes<kAt, kLow, kHighAt, kHigh>(low, high);
     }
   }
 
@@ -455,15 +430,15 @@ struct Coded {
   template <int Q>
   static KT_INLINE void expand_quad(const uint8_t* from, I levels, I bias, uint8_t* to) {
     const I low = S::load_i(from + Q / kLowQuads * kUnitBytes);
-    I high = low, even, odd;
+    I high = low;
     if constexpr (kHigh > 0) high = S::load_i(from + kHighUnits + Q / kHighQuads * kUnitBytes);
-    widen<Q>(low, high, levels, even, odd);
+    auto weights = widen<WordQuads<S>, Q>(low, high, levels);
     if constexpr (!kTable && kBits < 8) {
-      even = S::sub_i16(even, bias);
-      odd = S::sub_i16(odd, bias);
+      weights.even = S::sub_i16(weights.even, bias);
+      weights.odd = S::sub_i16(weights.odd, bias);
     }
-    S::store_i(to + 2 * Q * kUnitBytes, even);
-    S::store_i(to + (2 * Q + 1) * kUnitBytes, odd);
+    S::store_i(to + 2 * Q * kUnitBytes, weights.even);
+    S::store_i(to + (2 * Q + 1) * kUnitBytes, weights.odd);
   }
 
   // Adds one set of a group's columns to acc.
@@ -472,25 +447,26 @@ struct Coded {
                                 const uint8_t* group, int64_t g, int v0, I levels, const uint8_t* a,
                                 const float* x_scale, const int32_t* x_sum, F (&acc)[V][R],
                                 int64_t prefetch) {
+    using Quad = Quads<S, R>;
     constexpr int kQuads = 8 / kSets;
     const int64_t piece = g * kSets + kSet;
-    I sum[V][R], low[V], high[V];
+    I low[V], high[V];
+    typename Quad::Sum sum[V][R];
     KT_UNROLL
     for (int r = 0; r < R; ++r) {
-      const int32_t start =
-          kTable || kBits == 8 ? 0 : -layout.bias * piece_sum<kSets, R>(x_sum, piece, r);
+      const I start = S::set1_i32(-bias<Quad>(layout) * piece_sum<kSets, R>(x_sum, piece, r));
       KT_UNROLL
-      for (int v = 0; v < V; ++v) sum[v][r] = S::set1_i32(start);
+      for (int v = 0; v < V; ++v) sum[v][r] = Quad::start(start);
     }
     add_quads<kSet * kQuads, V, R>(sum, low, high, group + v0 * S::kLanes * 4, levels, a, prefetch,
-                                   Quads<kQuads>());
+                                   Numbers<kQuads>());
     KT_UNROLL
     for (int v = 0; v < V; ++v) {
       const F scale = scales.scale(group, kSet, v0 + v);
       KT_UNROLL
       for (int r = 0; r < R; ++r) {
         const F both = S::mul(scale, S::set1(x_scale[g * R + r]));
-        acc[v][r] = S::fma(S::to_f32(sum[v][r]), both, acc[v][r]);
+        acc[v][r] = S::fma(S::to_f32(Quad::total(sum[v][r])), both, acc[v][r]);
       }
     }
     if (!scales.has_offsets()) return;
@@ -507,35 +483,28 @@ struct Coded {
   }
 
   template <int kFirst, int V, int R, int... Q>
-  static KT_INLINE void add_quads(I (&sum)[V][R], I (&low)[V], I (&high)[V], const uint8_t* w,
-                                  I levels, const uint8_t* a, int64_t prefetch,
+  static KT_INLINE void add_quads(typename Quads<S, R>::Sum (&sum)[V][R], I (&low)[V], I (&high)[V],
+                                  const uint8_t* w, I levels, const uint8_t* a, int64_t prefetch,
                                   std::integer_sequence<int, Q...>) {
     (add_quad<kFirst + Q, Q == 0, V, R>(sum, low, high, w, levels, a, prefetch), ...);
   }
 
   template <int Q, bool kIsFirst, int V, int R>
-  static KT_INLINE void add_quad(I (&sum)[V][R], I (&low)[V], I (&high)[V], const uint8_t* w,
-                                 I levels, const uint8_t* a, int64_t prefetch) {
+  static KT_INLINE void add_quad(typename Quads<S, R>::Sum (&sum)[V][R], I (&low)[V], I (&high)[V],
+                                 const uint8_t* w, I levels, const uint8_t* a, int64_t prefetch) {
+    using Quad = Quads<S, R>;
     if constexpr (Q % kLowQuads == 0) {
       load<V, R>(low, w + Q / kLowQuads * kUnitBytes, prefetch);
     }
     if constexpr (kHigh > 0 && (Q % kHighQuads == 0 || kIsFirst)) {
       load<V, R>(high, w + kHighUnits + Q / kHighQuads * kUnitBytes, prefetch);
     }
-    I even[V], odd[V];
+    typename Quad::Weights weight[V];
     KT_UNROLL
     for (int v = 0; v < V; ++v) {
-      widen<Q>(low[v], kHigh > 0 ? high[v] : low[v], levels, even[v], odd[v]);
+      weight[v] = widen<Quad, Q>(low[v], kHigh > 0 ? high[v] : low[v], levels);
     }
-    KT_UNROLL
-    for (int r = 0; r < R; ++r) {
-      const I first = S::broadcast4(a + (2 * Q * R + r) * 4);
-      const I second = S::broadcast4(a + ((2 * Q + 1) * R + r) * 4);
-      KT_UNROLL
-      for (int v = 0; v < V; ++v) {
-        sum[v][r] = S::dot_i16(S::dot_i16(sum[v][r], even[v], first), odd[v], second);
-      }
-    }
+    Quad::template add<V, R>(sum, weight, a + 2 * Q * R * 4);
   }
 
   template <int V, int R>
@@ -899,8 +868,8 @@ KT_NOINLINE static void multiply(const WeightLayout& layout, const uint8_t* bloc
   };
   if constexpr (Format::kDirectTiles == std::numeric_limits<int>::max()) {
     directly();
-  } else if (count <= Format::kDirectTiles) {
-    directly();
+  } else if (count <= Format::kDirectTiles || last.tokens * planes <= S::kByteRows) {
+    directly();  // small tiles are not encoded for a panel; more than two tiles have more rows anyhow
   } else {
     typename Format::Panel panel;
     constexpr int64_t kStep = Format::Panel::kGroups;

@@ -14,6 +14,7 @@
 #include "kernels/rows.h"
 // (the order matters: each builds on the ones above)
 #include "kernels/math.h"
+#include "kernels/quads.h"
 #include "kernels/encode.h"
 #include "kernels/formats.h"
 #include "kernels/encode_tiles.h"
