@@ -39,6 +39,9 @@ PERPLEXITY = dict(zip(KINDS, (1e-5, 1e-5, 1e-5, 3e-3, 3e-3, 0.015), strict=True)
 # Where bf16 experts round their activations to bf16, as those of f32 and f16 do not.
 ROUNDED = 2e-3
 EXACT = 1e-4  # of logits, where only the order of float32 sums may differ
+# Where integer weights meet activations of 16 bits: 5e-5 of a layer's experts, measured 0.9e-4 to
+# 1.04e-4 of the logits over the instruction sets.
+SIXTEEN_BITS = 2e-4
 IDS = torch.tensor([1, 5, 300, 2, 77, 1024, 2047, 0, 9, 9])
 
 
@@ -123,7 +126,7 @@ def test_types_may_be_mixed(tmp_path):
         for name, tensor in tensors.items()
     }
     expected = load_model(write_gguf(tmp_path / "plain.gguf", "F32", tensors=plain))(IDS)
-    assert relative(model(IDS), expected) < EXACT
+    assert relative(model(IDS), expected) < SIXTEEN_BITS
 
 
 def _random_model(hidden: int = 256, vocab: int = 320) -> tuple[dict, dict[str, Any]]:
