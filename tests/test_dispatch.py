@@ -21,7 +21,8 @@ import ktcore
 import ktcore.backends
 from ktcore import _native
 from ktcore._settings import SettingError
-from ktcore.dispatch import probe, registry
+from ktcore.backends.native import operators
+from ktcore.dispatch import figures, probe, registry
 from ktcore.dispatch.registry import Backend, BackendUnavailable, Implementation, Request
 from ktcore.ops import linear, moe, route
 from ktcore.weights import ExpertWeights, QuantTensor
@@ -786,3 +787,30 @@ def test_every_instruction_set_says_how_it_was_verified():
         assert backend.evidence_on(probe.machine()) in rungs
     bare = replace(probe.machine(), cpu=replace(probe.machine().cpu, features={}))
     assert registry.backends()["avx512"].evidence_on(bare) == "run on hardware"
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("brand", "bf16", "taken"),
+    [
+        ("Intel(R) Xeon(R)", None, False),
+        ("AMD EPYC", None, True),
+        ("AMD EPYC", 0.5, False),  # measured: what the brand suggests no longer counts
+        ("Intel(R) Xeon(R)", 2.0, True),
+    ],
+)
+def test_slow_bf16_dot_products_are_not_taken(monkeypatch, brand, bf16, taken):
+    machine = probe.machine()
+    isa = next(i for i in _native.ext.isas() if i["name"] == "avx512_bf16")
+    if missing := machine.cpu.missing(*isa["requires"]):
+        pytest.skip(f"this machine lacks {', '.join(missing)}")
+    peaks = {"avx512_bf16": {"bf16": {"1": 100.0 * (bf16 or 1)}, "f32": {"1": 100.0}}}
+    known = None if bf16 is None else figures.Figures("", "", {}, peaks)
+    monkeypatch.setattr(probe, "cpu_brand", lambda: brand)
+    monkeypatch.setattr(figures, "load_cached", lambda machine: known)
+    with probe.override():
+        chosen = operators.instruction_set("avx512", probe.machine())
+        assert chosen == ("avx512_bf16" if taken else "avx512_vnni")
+        with operators.held_to("avx512_bf16"):
+            assert operators.instruction_set("avx512", probe.machine()) == "avx512_bf16"
+        assert operators.instruction_set("avx512", probe.machine()) == chosen

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -46,13 +48,45 @@ def missing(backend: str, machine: Machine) -> list[str]:
 
 
 def instruction_set(backend: str, machine: Machine) -> str:
-    """The most capable instruction set of a backend that a machine runs."""
-    best = [
+    """The instruction set of a backend that serves calls on a machine: the most capable that it
+    runs, or which `held_to` names; without BF16 dot products where these are slow.
+    """
+    runs = [
         isa["name"]
         for isa in _native.ext.isas()
         if isa["backend"] == backend and not machine.cpu.missing(*isa["requires"])
     ]
-    return best[-1]
+    if _held and _held[-1] in runs:
+        return _held[-1]
+    if "avx512_bf16" in runs[1:] and _slow_bf16(machine):
+        runs.remove("avx512_bf16")
+    return runs[-1]
+
+
+def _slow_bf16(machine: Machine) -> bool:
+    """Whether BF16 dot products are slower than multiply-adds in float32, which are exact besides:
+    as measured, else as Intel's are, of which a core starts one in two cycles (an Emerald Rapids:
+    87 against 176 Gop/s a core).
+    """
+    known = figures.load_cached(machine)
+    if known is None or "avx512_bf16" not in known.peak_gops:
+        return "Intel" in probe.cpu_brand()
+    bf16, f32 = (figures.dot_peak(known, "avx512_bf16", kind, 1) for kind in ("bf16", "f32"))
+    return bf16 < 0.8 * f32
+
+
+_held: list[str] = []
+
+
+@contextlib.contextmanager
+def held_to(isa: str) -> Iterator[None]:
+    """Within the block, this instruction set serves the calls of its backend, if it runs here."""
+    _held.append(isa)
+    try:
+        with probe.override():  # what was remembered for the machine no longer holds
+            yield
+    finally:
+        _held.pop()
 
 
 def evidence(backend: str, rungs: dict[str, str], machine: Machine) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ktcore import _native
+from ktcore.backends.native.operators import held_to
 from ktcore.dispatch import probe, registry
 
 
@@ -32,6 +33,8 @@ class Variant:
         with contextlib.ExitStack() as stack:
             if self.hidden:
                 stack.enter_context(probe.override(disable=self.hidden))
+            if self.name != self.backend or self.hidden:
+                stack.enter_context(held_to(self.name))
             stack.enter_context(registry.use(self.backend))
             yield
 
