@@ -245,7 +245,8 @@ class Decoder:
         else:
             step.x.copy_(x)
             step.recording.run()
-        return step.logits.clone()
+        # Not `clone`: it wakes torch's own threads, which go on spinning on the cores of the next step.
+        return torch.from_numpy(step.logits.numpy().copy())
 
 
 class Step:
