@@ -164,28 +164,32 @@ void def_memory(py::class_<Packed>& c) {
 class Recording {
  public:
   // Adds a call that reads `weights`, which this keeps alive.
-  void add(std::function<void()> call, std::vector<py::object> weights) {
-    calls_.push_back(std::move(call));
+  void add(const char* op, std::function<void()> call, std::vector<py::object> weights) {
+    calls_.push_back({op, std::move(call)});
     for (py::object& each : weights) weights_.push_back(std::move(each));
   }
   void run() const {
-    for (const auto& call : calls_) call();
+    for (const Call& each : calls_) each.run();
   }
-  // The same, with the seconds that each takes.
-  std::vector<double> time() const {
-    std::vector<double> out;
-    for (const auto& call : calls_) {
-      const auto start = std::chrono::steady_clock::now();
-      call();
-      out.push_back(
-          std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  // The same, with the operator and the seconds of each.
+  std::vector<std::pair<const char*, double>> time() const {
+    using Clock = std::chrono::steady_clock;
+    std::vector<std::pair<const char*, double>> out;
+    for (const Call& each : calls_) {
+      const auto start = Clock::now();
+      each.run();
+      out.emplace_back(each.op, std::chrono::duration<double>(Clock::now() - start).count());
     }
     return out;
   }
   size_t size() const { return calls_.size(); }
 
  private:
-  std::vector<std::function<void()>> calls_;
+  struct Call {
+    const char* op;
+    std::function<void()> run;
+  };
+  std::vector<Call> calls_;
   std::vector<py::object> weights_;
 };
 
@@ -193,8 +197,8 @@ class Recording {
 thread_local Recording* t_recording = nullptr;
 
 template <class Call, class... Weights>
-void perform(Call call, const Weights&... weights) {
-  if (t_recording != nullptr) t_recording->add(call, {py::cast(weights)...});
+void perform(const char* op, Call call, const Weights&... weights) {
+  if (t_recording != nullptr) t_recording->add(op, call, {py::cast(weights)...});
   py::gil_scoped_release release;
   call();
 }
@@ -448,7 +452,7 @@ PYBIND11_MODULE(_C, m) {
                        static_cast<Activation>(activation),
                        exact};
     const KernelTable& table = kernels(isa);
-    perform([&table, args] { moe(table, args); }, experts);
+    perform("moe", [&table, args] { moe(table, args); }, experts);
   });
 
   m.def("linear", [](const std::string& isa, const PackedMatrix& weight, uintptr_t x, int dtype,
@@ -462,7 +466,7 @@ PYBIND11_MODULE(_C, m) {
                           pointer<const float>(bias),
                           exact};
     const KernelTable& table = kernels(isa);
-    perform([&table, args] { linear(table, args); }, weight);
+    perform("linear", [&table, args] { linear(table, args); }, weight);
   });
 
   m.def("route", [](const std::string& isa, uintptr_t logits, int64_t stride, int64_t tokens,
@@ -484,7 +488,7 @@ PYBIND11_MODULE(_C, m) {
                        pointer<int64_t>(ids),
                        pointer<float>(weights)};
     const KernelTable& table = kernels(isa);
-    perform([&table, job] { route(table, job); });
+    perform("route", [&table, job] { route(table, job); });
   });
 
   m.def("rms_norm", [](const std::string& isa, uintptr_t x, int64_t x_stride, int64_t x_head_stride,
@@ -502,7 +506,7 @@ PYBIND11_MODULE(_C, m) {
                       pointer<const float>(weight),
                       eps};
     const KernelTable& table = kernels(isa);
-    perform([&table, job] { rms_norm(table, job); });
+    perform("rms_norm", [&table, job] { rms_norm(table, job); });
   });
 
   m.def("rotary", [](const std::string& isa, uintptr_t x, int64_t x_stride, int64_t x_head_stride,
@@ -522,7 +526,7 @@ PYBIND11_MODULE(_C, m) {
                         pointer<const int64_t>(positions),
                         interleaved};
     const KernelTable& table = kernels(isa);
-    perform([&table, job] { rotary(table, job); });
+    perform("rotary", [&table, job] { rotary(table, job); });
   });
 
   m.def("store_kv",
@@ -534,7 +538,7 @@ PYBIND11_MODULE(_C, m) {
                                heads_of(value, value_stride, value_head_stride, type), tokens,
                                pages_of(pages), pointer<const int64_t>(slots)};
           const KernelTable& table = kernels(isa);
-          perform([&table, job] { store_kv(table, job); });
+          perform("store_kv", [&table, job] { store_kv(table, job); });
         });
 
   m.def("attention",
@@ -556,7 +560,7 @@ PYBIND11_MODULE(_C, m) {
                                    sequences,
                                    scale};
           const KernelTable& table = kernels(isa);
-          perform([&table, args] { attention(table, args); });
+          perform("attention", [&table, args] { attention(table, args); });
         });
   m.attr("page_positions") = kPagePositions;
 

@@ -70,11 +70,8 @@ void pack_scales(const StoredMatrix& m, int64_t row0, int64_t rows, uint8_t* out
   const WeightLayout& layout = m.layout;
   const int64_t groups = ceil_div(m.cols, kGroup), size = dtype_size(layout.scale_type);
   const int64_t outer_sets = layout.outer_sets();
-  const int64_t first = layout.span == 1 ? layout.value_bytes() + layout.inner_bytes()
-                                         : groups * layout.group_bytes();
-  const int64_t step = layout.span == 1 ? layout.group_bytes() : layout.outer_bytes();
   for (int64_t piece = 0; piece < ceil_div(groups, layout.span); ++piece) {
-    uint8_t* to = out + first + piece * step;
+    uint8_t* to = out + layout.outer_at(piece * layout.span);
     for (int64_t set = 0; set < outer_sets; ++set, to += layout.set_bytes()) {
       const int64_t column = piece * layout.span * kGroup + set * (kGroup / outer_sets);
       for (int64_t r = 0; r < rows; ++r) {
@@ -88,7 +85,7 @@ void pack_scales(const StoredMatrix& m, int64_t row0, int64_t rows, uint8_t* out
     }
   }
   for (int64_t g = 0; g < groups; ++g) {
-    uint8_t* to = out + g * layout.group_bytes() + layout.value_bytes();
+    uint8_t* to = out + layout.group_at(g) + layout.value_bytes();
     for (const int8_t* values : {layout.inner_scales ? m.inner_scales : nullptr,
                                  layout.inner_offsets ? m.inner_offsets : nullptr}) {
       if (values == nullptr) continue;
@@ -150,9 +147,9 @@ void unpack_block(const StoredMatrix& m, int64_t row, int64_t column, uint8_t* c
 void pack_codes(const StoredMatrix& m, int64_t row0, int64_t rows, uint8_t* out) {
   const int bits = static_cast<int>(m.layout.code_bits());
   const int low = bits == 8 ? 8 : bits >= 4 ? 4 : 2;
-  uint8_t* group = out;
   // Group by group, so that what is written stays in the first-level cache.
-  for (int64_t k = 0; k < m.cols; k += kGroup, group += m.layout.group_bytes()) {
+  for (int64_t k = 0; k < m.cols; k += kGroup) {
+    uint8_t* group = out + m.layout.group_at(k / kGroup);
     for (int64_t r = 0; r < rows; ++r) {
       // What pads the columns does not matter: their activations are 0.
       uint8_t codes[kGroup] = {};
@@ -180,7 +177,7 @@ void pack_f8(const StoredMatrix& m, int64_t row0, int64_t rows, uint8_t* out) {
       uint8_t codes[kGroup] = {};
       const int64_t left = m.cols - g * kGroup;
       std::memcpy(codes, src + g * kGroup, static_cast<size_t>(left < kGroup ? left : kGroup));
-      uint8_t* group = out + g * m.layout.group_bytes();
+      uint8_t* group = out + m.layout.group_at(g);
       bool nan = false;
       for (int64_t i = 0; i < kGroup; ++i) nan |= (codes[i] & 0x7f) == 0x7f;
       for (int64_t unit = 0; unit < kGroup / 4; ++unit) {
@@ -188,9 +185,7 @@ void pack_f8(const StoredMatrix& m, int64_t row0, int64_t rows, uint8_t* out) {
       }
       if (!nan) continue;
       // The kernels know no NaN codes: a NaN scale has the same effect on the sum.
-      uint8_t* scales = m.layout.span == 1 ? group + m.layout.value_bytes()
-                                           : out + groups * m.layout.group_bytes() +
-                                                 g / m.layout.span * m.layout.outer_bytes();
+      uint8_t* scales = out + m.layout.outer_at(g);
       store_scale(std::nanf(""), m.layout.scale_type, scales + r * size);
     }
   }

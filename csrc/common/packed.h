@@ -18,8 +18,9 @@
 //   table4    as codes4, but the codes number 16 levels, which the layout lists
 //   ..._g16   the same, with scales for 16 columns each
 //
-// A scale is up to two factors. The outer ones are floats for `span` groups: after each group where
-// span is 1, else after the last group; offsets follow the scales. The inner ones are signed bytes,
+// A scale is up to two factors. The outer ones are floats for `span` groups: at the end of each group where
+// span is 1, else before the first of them, so that a block is read from one end to the other (the scales of
+// Q4_K behind its last group cost 10 % of the bandwidth); offsets follow the scales. The inner ones are signed bytes,
 // after each group's codes: one for each row and set, which the outer scale multiplies; then those
 // that the outer offset multiplies or, where there are only inner offsets, the outer scale (zero
 // points).
@@ -113,16 +114,26 @@ struct WeightLayout {
       default: return code_bits() * kUnitBytes;
     }
   }
+  // Whether several groups have the same outer scales.
+  KT_INLINE bool shared_scales() const { return scaled() && span > 1; }
   // Bytes of one group with all that stands in it.
   KT_INLINE int64_t group_bytes() const {
     return value_bytes() + (scaled() ? inner_bytes() + (span == 1 ? outer_bytes() : 0) : 0);
+  }
+  // Where in a block a group is, and where its outer scales are.
+  KT_INLINE int64_t group_at(int64_t group) const {
+    return group * group_bytes() + (shared_scales() ? (group / span + 1) * outer_bytes() : 0);
+  }
+  KT_INLINE int64_t outer_at(int64_t group) const {
+    if (!shared_scales()) return group * group_bytes() + value_bytes() + inner_bytes();
+    return group / span * (span * group_bytes() + outer_bytes());
   }
   // Bytes of one block of a matrix with `cols` columns; a multiple of 64.
   KT_INLINE int64_t block_bytes(int64_t cols) const {
     const int64_t groups = ceil_div(cols, kGroup);
     int64_t bytes = groups * group_bytes();
     if (format == WeightFormat::int8) bytes += kBlockRows * 4;
-    if (scaled() && span > 1) bytes += ceil_div(groups, span) * outer_bytes();
+    if (shared_scales()) bytes += ceil_div(groups, span) * outer_bytes();
     return round_up(bytes, 64);
   }
 };

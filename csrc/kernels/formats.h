@@ -248,31 +248,42 @@ struct Int8Channel {
   }
 };
 
-// The scales and offsets of a block's groups, of up to kSets sets each, as floats: see packed.h for
-// where they lie and how they combine.
+// Goes through a block's groups: where each is, and its scales and offsets, of up to kSets sets, as
+// floats. See packed.h for how they lie and combine.
 template <class S, int kSets>
-class GroupScales {
+class Groups {
  public:
-  KT_INLINE GroupScales(const WeightLayout& layout, int64_t code_bytes, const uint8_t* block,
-                        int64_t groups)
+  KT_INLINE Groups(const WeightLayout& layout, int64_t code_bytes, const uint8_t* block)
       : layout_(layout),
         code_bytes_(code_bytes),
         both_sets_(layout.outer_sets() == 2),
-        outer_(block + (layout.span == 1 ? code_bytes + layout.inner_bytes()
-                                         : groups * layout.group_bytes())),
-        outer_step_(layout.span == 1 ? layout.group_bytes() : layout.outer_bytes()) {}
+        block_(block),
+        group_bytes_(layout.group_bytes()),
+        outer_in_group_(code_bytes + layout.inner_bytes()),
+        outer_bytes_(layout.outer_bytes()) {}
 
   KT_INLINE bool has_offsets() const { return layout_.offsets || layout_.inner_offsets; }
 
-  // Makes the outer scales of V vectors from v0 on ready, where group g is the first that they are
-  // for, or in any case.
+  // Goes to group g, or to the next one, and makes the outer scales of V vectors from v0 on ready.
   template <int V>
-  KT_INLINE void enter(int64_t g, int v0, bool always = false) {
-    if (layout_.span == 1) {
-      convert<V>(outer_ + g * outer_step_, v0);
-    } else if (always || g % layout_.span == 0) {
-      convert<V>(outer_ + g / layout_.span * outer_step_, v0);
+  KT_INLINE const uint8_t* begin(int64_t g, int v0) {
+    left_ = layout_.span == 1 ? 1 : layout_.span - g % layout_.span;
+    group_ = block_ + layout_.group_at(g);
+    convert<V>(block_ + layout_.outer_at(g), v0);
+    return group_;
+  }
+  template <int V>
+  KT_INLINE const uint8_t* next(int v0) {
+    group_ += group_bytes_;
+    if (--left_ > 0) return group_;
+    left_ = layout_.span;
+    if (left_ == 1) {
+      convert<V>(group_ + outer_in_group_, v0);
+    } else {
+      convert<V>(group_, v0);
+      group_ += outer_bytes_;
     }
+    return group_;
   }
 
   // Of vector v of a set: the outer factor alone, and the scales and offsets of a group.
@@ -319,8 +330,10 @@ class GroupScales {
   const WeightLayout& layout_;
   const int64_t code_bytes_;
   const bool both_sets_;
-  const uint8_t* outer_;
-  const int64_t outer_step_;
+  const uint8_t* block_;
+  const int64_t group_bytes_, outer_in_group_, outer_bytes_;
+  const uint8_t* group_ = nullptr;
+  int64_t left_ = 0;  // groups that have the outer scales at hand, this one included
   alignas(64) float scale_[kSets][kBlockRows];
   alignas(64) float offset_[kSets][kBlockRows];
 };
@@ -345,22 +358,22 @@ struct Coded {
                               const uint8_t* tile, float* out, int64_t prefetch) {
     using Quad = Quads<S, R>;
     constexpr int V = vectors_at_once<S>(R, Quad::kCells);
-    const int64_t group_bytes = layout.group_bytes(), end = range.first + range.count;
+    const int64_t end = range.first + range.count;
     const float* x_scale = Codec::scales(tile, R, range.groups);
     const int32_t* x_sum = Codec::sums(tile, R, range.groups);
     const I levels = Quad::table(layout.levels);
-    GroupScales<S, kSets> scales(layout, kCodeBytes, block, range.groups);
+    Groups<S, kSets> groups(layout, kCodeBytes, block);
     for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
       F acc[V][R];
       load_sums<S>(acc, out, v0);
       const uint8_t* a = tile + range.first * kGroup * 2 * R;
-      const uint8_t* group = block + range.first * group_bytes;
-      for (int64_t g = range.first; g < end; ++g, group += group_bytes, a += 2 * kGroup * R) {
-        scales.template enter<V>(g, v0, g == range.first);
-        add_set<0, V, R>(layout, scales, group, g, v0, levels, a, x_scale, x_sum, acc, prefetch);
+      const uint8_t* group = groups.template begin<V>(range.first, v0);
+      for (int64_t g = range.first;; group = groups.template next<V>(v0), a += 2 * kGroup * R) {
+        add_set<0, V, R>(layout, groups, group, g, v0, levels, a, x_scale, x_sum, acc, prefetch);
         if constexpr (kSets == 2) {
-          add_set<1, V, R>(layout, scales, group, g, v0, levels, a, x_scale, x_sum, acc, prefetch);
+          add_set<1, V, R>(layout, groups, group, g, v0, levels, a, x_scale, x_sum, acc, prefetch);
         }
+        if (++g == end) break;
       }
       store_sums<S>(acc, out, v0);
     }
@@ -368,24 +381,23 @@ struct Coded {
 
   KT_NOINLINE static void expand(const WeightLayout& layout, const uint8_t* block, Range range,
                                  Panel& panel) {
-    const int64_t group_bytes = layout.group_bytes();
+    constexpr int kVectors = static_cast<int>(kBlockRows) / S::kLanes;
     const I levels = WordQuads<S>::table(layout.levels);
     const I bias = S::set1_i16(static_cast<int16_t>(layout.bias));
-    GroupScales<S, kSets> scales(layout, kCodeBytes, block, range.groups);
+    Groups<S, kSets> groups(layout, kCodeBytes, block);
     uint8_t* to = panel.weights;
-    panel.has_offsets = scales.has_offsets();
+    panel.has_offsets = groups.has_offsets();
     for (int64_t g = 0; g < range.count; ++g, to += kGroup / 2 * kUnitBytes) {
-      const uint8_t* group = block + (range.first + g) * group_bytes;
+      const uint8_t* group = g == 0 ? groups.template begin<kVectors>(range.first, 0)
+                                    : groups.template next<kVectors>(0);
       for (int64_t at = 0; at < kUnitBytes; at += S::kLanes * 4) {
         expand_quads(group + at, levels, bias, to + at, Numbers<8>());
       }
-      constexpr int kVectors = static_cast<int>(kBlockRows) / S::kLanes;
-      scales.template enter<kVectors>(range.first + g, 0, g == 0);
       for (int set = 0; set < kSets; ++set) {
         for (int v = 0; v < kVectors; ++v) {
           const int64_t at = (g * kSets + set) * kBlockRows + v * S::kLanes;
-          S::store(panel.scales + at, scales.scale(group, set, v));
-          if (panel.has_offsets) S::store(panel.offsets + at, scales.offset(group, set, v));
+          S::store(panel.scales + at, groups.scale(group, set, v));
+          if (panel.has_offsets) S::store(panel.offsets + at, groups.offset(group, set, v));
         }
       }
     }
@@ -443,7 +455,7 @@ struct Coded {
 
   // Adds one set of a group's columns to acc.
   template <int kSet, int V, int R>
-  static KT_INLINE void add_set(const WeightLayout& layout, const GroupScales<S, kSets>& scales,
+  static KT_INLINE void add_set(const WeightLayout& layout, const Groups<S, kSets>& groups,
                                 const uint8_t* group, int64_t g, int v0, I levels, const uint8_t* a,
                                 const float* x_scale, const int32_t* x_sum, F (&acc)[V][R],
                                 int64_t prefetch) {
@@ -462,17 +474,17 @@ struct Coded {
                                    Numbers<kQuads>());
     KT_UNROLL
     for (int v = 0; v < V; ++v) {
-      const F scale = scales.scale(group, kSet, v0 + v);
+      const F scale = groups.scale(group, kSet, v0 + v);
       KT_UNROLL
       for (int r = 0; r < R; ++r) {
         const F both = S::mul(scale, S::set1(x_scale[g * R + r]));
         acc[v][r] = S::fma(S::to_f32(Quad::total(sum[v][r])), both, acc[v][r]);
       }
     }
-    if (!scales.has_offsets()) return;
+    if (!groups.has_offsets()) return;
     KT_UNROLL
     for (int v = 0; v < V; ++v) {
-      const F offset = scales.offset(group, kSet, v0 + v);
+      const F offset = groups.offset(group, kSet, v0 + v);
       KT_UNROLL
       for (int r = 0; r < R; ++r) {
         const F x =
@@ -621,22 +633,21 @@ struct Floats {
   KT_NOINLINE static void dot(const WeightLayout& layout, const uint8_t* block, Range range,
                               const uint8_t* tile, float* out, int64_t prefetch) {
     constexpr int V = vectors_at_once<S>(R, S::kFloatCells);
-    const int64_t group_bytes = layout.group_bytes(), step = piece_groups(layout);
-    const int64_t last = range.first + range.count;
-    GroupScales<S, 1> scales(layout, kGroupBytes, block, range.groups);
+    const int64_t step = piece_groups(layout), last = range.first + range.count;
+    Groups<S, 1> groups(layout, kGroupBytes, block);
     for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
       const auto* x = reinterpret_cast<const float*>(tile) + range.first * kGroup * R;
       for (int64_t first = range.first; first < last; first += step) {
         F sum[V][R], factor[V];
         clear<V, R>(sum);
+        const uint8_t* w = block + first * kGroupBytes;
         if constexpr (From::kScaled) {
-          scales.template enter<V>(first, v0, first == range.first);
+          w = groups.template begin<V>(first, v0);
           KT_UNROLL
-          for (int v = 0; v < V; ++v) factor[v] = scales.outer(0, v0 + v);
+          for (int v = 0; v < V; ++v) factor[v] = groups.outer(0, v0 + v);
         }
         const int64_t end = first + step < last ? first + step : last;
         for (int64_t g = first; g < end; ++g) {
-          const uint8_t* w = block + g * group_bytes;
           for (int64_t k = 0; k < kGroup; k += From::kColumns, w += From::kBytes) {
             add_columns<V, R>(sum, w, v0, x, prefetch,
                               std::make_integer_sequence<int, From::kColumns>());
@@ -651,23 +662,21 @@ struct Floats {
   KT_NOINLINE static void expand(const WeightLayout& layout, const uint8_t* block, Range range,
                                  Panel& panel) {
     constexpr int kVectors = static_cast<int>(kBlockRows) / S::kLanes;
-    const int64_t group_bytes = layout.group_bytes();
-    GroupScales<S, 1> scales(layout, kGroupBytes, block, range.groups);
+    Groups<S, 1> groups(layout, kGroupBytes, block);
     panel.piece_groups = piece_groups(layout);
     float* to = panel.weights;
     for (int64_t g = 0; g < range.count; ++g) {
-      const uint8_t* w = block + (range.first + g) * group_bytes;
+      const uint8_t* w = block + (range.first + g) * kGroupBytes;
+      if constexpr (From::kScaled) {
+        w = groups.template begin<kVectors>(range.first + g, 0);
+        for (int v = 0; v < kVectors; ++v) {
+          S::store(panel.scales + g / panel.piece_groups * kBlockRows + v * S::kLanes,
+                   groups.outer(0, v));
+        }
+      }
       for (int64_t k = 0; k < kGroup; k += From::kColumns, w += From::kBytes) {
         expand_columns(w, to, std::make_integer_sequence<int, From::kColumns>());
         to += From::kColumns * kBlockRows;
-      }
-      if constexpr (From::kScaled) {
-        if (g % panel.piece_groups != 0) continue;
-        scales.template enter<kVectors>(range.first + g, 0, g == 0);
-        for (int v = 0; v < kVectors; ++v) {
-          S::store(panel.scales + g / panel.piece_groups * kBlockRows + v * S::kLanes,
-                   scales.outer(0, v));
-        }
       }
     }
   }
@@ -841,14 +850,6 @@ KT_NOINLINE static void multiply(const WeightLayout& layout, const uint8_t* bloc
   const TokenTile& last = tiles[count - 1];
   const int64_t rows = (last.first + last.tokens - tiles[0].first) * planes;
   std::memset(out, 0, static_cast<size_t>(rows * kBlockRows) * sizeof(float));
-  // Outer scales that several groups share stand behind the groups: those of the block that is next in
-  // memory are asked for now, as it begins with them.
-  const int64_t block_bytes = layout.block_bytes(groups * kGroup);
-  if (layout.scaled() && layout.span > 1) {
-    for (int64_t at = groups * layout.group_bytes(); at < block_bytes; at += 64) {
-      S::prefetch_l2(block + block_bytes + at);
-    }
-  }
   // Calls f(i, range) for every tile i, and that for one range of columns after the other.
   const auto each = [&](int64_t step, auto&& begin, auto&& f) {
     for (int64_t first = 0; first < groups; first += step) {
@@ -878,7 +879,7 @@ KT_NOINLINE static void multiply(const WeightLayout& layout, const uint8_t* bloc
     each(
         kStep, [&](Range range) { Format::expand(layout, block, range, panel); },
         [&](int i, Range range) {
-          const uint8_t* next = block + (range.first + kStep) * layout.group_bytes();
+          const uint8_t* next = block + layout.group_at(range.first + kStep);
           dot_panel<S, Format>(tiles[i].tokens * planes, panel, range, encoded(tiles[i]),
                                place(tiles[i]), Ahead<S>{next + i * kStep * lines * 64, lines});
         });
