@@ -2,9 +2,9 @@
 
     python3 ci/peers.py
 
-Brings .ktcore-env up to date, as ci/test.py does, and adds ONNX Runtime and kt-kernel; builds
-llama.cpp (ci/llama_cpp.py, ten to thirty minutes the first time) and a program that computes one
-expert layer with it; and prints the command that measures. Linux, with a C++ compiler.
+Brings .ktcore-env up to date, as ci/test.py does, and adds ONNX Runtime, torchao and kt-kernel;
+builds llama.cpp (ci/llama_cpp.py, ten to thirty minutes the first time) and a program that computes
+one expert layer with it; and prints the command that measures. Linux, with a C++ compiler.
 """
 
 import sys
@@ -14,7 +14,7 @@ import _environment
 import llama_cpp
 from _environment import SetupError
 
-PACKAGES = ("onnxruntime==1.32.0", "onnx==1.23.2")
+PACKAGES = ("onnxruntime==1.32.0", "onnx==1.23.2", "torchao==0.18.0")
 ALONE = "kt-kernel==0.7.2"  # without what it wants for itself: it is given its weights here
 SOURCE = _environment.ROOT / "ci" / "peers" / "ggml_moe.cpp"
 PROGRAM = llama_cpp.PEERS / "ggml-moe"

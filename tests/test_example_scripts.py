@@ -11,6 +11,8 @@ import pytest
 import torch
 from gguf_models import embedded_metadata, embedded_tensors, package, write_gguf
 
+import ktcore
+from ktcore import _native
 from ktcore.bench import report
 from ktcore.bench.measure import Bench, Settings
 from ktcore.bench.presets import Shape
@@ -19,6 +21,7 @@ from ktcore.models import generate, load_model
 from ktcore.weights import GgufFile
 
 pytest.importorskip("typer")
+needs_extension = pytest.mark.skipif(_native.ext is None, reason=str(_native.why))
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 IDS = torch.tensor([1, 5, 300, 2, 77, 1024, 2047, 0, 9, 9])
 
@@ -36,6 +39,7 @@ def script(name: str) -> ModuleType:
 perplexity_table, random_model = script("perplexity_table"), script("random_model")
 peer_table, activation_bits = script("peer_table"), script("activation_bits")
 model_speed = script("model_speed")
+token_profile, thread_scaling = script("token_profile"), script("thread_scaling")
 
 # -------------------------------------------------------------------------------- perplexity table
 
@@ -215,3 +219,35 @@ def test_model_speed_measures_a_model(tmp_path):
     cached = 2 * 2 * c.num_key_value_heads * c.head_dim * c.num_hidden_layers
     assert ours.bytes_per_token(40) - ours.bytes_per_token(0) == 40 * cached
     assert 0 < ours.bytes_per_token(0) < 4 * ours.model.parameters
+
+
+@needs_extension
+def test_a_token_is_taken_apart(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(token_profile, "TOKENS", 2)
+    monkeypatch.setattr(_native.ext, "measure_read_bandwidth", lambda threads, size: 12.5)
+    before = torch.get_num_threads(), ktcore.get_num_threads()
+    try:
+        path = write_gguf(tmp_path / "m.gguf", "Q8_0")
+        token_profile.main(path, depth=3, threads=[1, 2])
+    finally:
+        torch.set_num_threads(before[0])
+        ktcore.set_num_threads(before[1])
+    printed = capsys.readouterr().out
+    layers = load_model(path).config.num_hidden_layers
+    assert f"| moe | {layers} |" in printed and f"| attention | {layers} |" in printed
+    assert "2 threads, after 3 positions" in printed and "12.5 GB/s" in printed
+
+
+@needs_extension
+def test_threads_are_compared(monkeypatch, capsys):
+    for name, value in {"HIDDEN": 64, "INTERMEDIATE": 64, "EXPERTS": 16}.items():
+        monkeypatch.setattr(thread_scaling, name, value)
+    monkeypatch.setattr(_native.ext, "measure_read_bandwidth", lambda threads, size: 12.5)
+    before = ktcore.get_num_threads()
+    try:
+        thread_scaling.main(format=["int8"], tokens=[1, 4], threads=[1, 2], seconds=0.0)
+    finally:
+        ktcore.set_num_threads(before)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| int8")]
+    assert [row.split("|")[2].strip() for row in rows] == ["1", "4"]
+    assert all(row.count("%") == 2 for row in rows)

@@ -245,7 +245,8 @@ class Decoder:
         else:
             step.x.copy_(x)
             step.recording.run()
-        # Not `clone`: it wakes torch's own threads, which go on spinning on the cores of the next step.
+        # Not `clone`: it wakes torch's own threads, which go on spinning while the next step
+        # wants their cores.
         return torch.from_numpy(step.logits.numpy().copy())
 
 

@@ -79,9 +79,17 @@ class Recording:
 
         Raises RuntimeError if they cannot be, and what an operator raises.
         """
+        self._must_run()
+        self._calls.run()
+
+    def time(self) -> list[tuple[str, float]]:
+        """`run`, and say which operator each call was, and the seconds that it took."""
+        self._must_run()
+        return self._calls.time()
+
+    def _must_run(self) -> None:
         if self.why_not is not None:
             raise RuntimeError(f"this cannot be made again: {self.why_not}")
-        self._calls.run()
 
 
 def record(function: Callable[[], Any]) -> tuple[Any, Recording]:

@@ -1,0 +1,75 @@
+"""torchao's int4 weights in groups of 32 on the CPU (`Int4OpaqueTensor`, float16 activations), in a
+loop over the experts that have tokens.
+
+https://github.com/pytorch/ao/tree/main/torchao/prototype/quantization/int4
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from ktcore.bench.peers import Peer, Session, Timed, timed
+from ktcore.bench.peers.torch import moe
+from ktcore.bench.presets import Shape
+from ktcore.bench.workload import Call
+from ktcore.formats import Codes, Format
+from ktcore.weights import ExpertWeights, QuantTensor
+
+GROUP = 32
+MIDDLE = 8  # the code that stands for zero
+
+
+class Loop(Session):
+    def __init__(self) -> None:
+        self.layers: list[list[list[Tensor]]] = []
+
+    def add(self, weights: ExpertWeights) -> None:
+        self.layers.append([tensors(w) for w in (weights.gate, weights.up, weights.down)])
+
+    def run(self, call: Call) -> Timed:
+        x, ids, topk_weights = call.inputs
+        x, topk_weights = x.to(torch.float16), topk_weights.to(torch.float16)
+        return timed(lambda: moe(x, ids, topk_weights, *self.layers[call.layer]))
+
+
+def tensors(weight: QuantTensor) -> list[Tensor]:
+    """Each expert's matrix as torchao's tensor of the same codes and scales."""
+    from torchao.prototype.quantization.int4.int4_opaque_tensor import Int4OpaqueTensor
+    from torchao.quantization.utils import pack_tinygemm_scales_and_zeros
+
+    stored = weight.format.codes(weight.parts, weight.shape)
+    assert isinstance(stored, Codes) and isinstance(stored.codes, Tensor)
+    out = []
+    for codes, scales in zip(stored.codes, stored.scales, strict=True):
+        integers = stored.levels.to(torch.int32)[codes.int()] + MIDDLE
+        scales = scales.to(torch.float16)
+        out.append(
+            Int4OpaqueTensor(
+                torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers, 1),
+                pack_tinygemm_scales_and_zeros(scales, torch.zeros_like(scales), scales.dtype),
+                [1, GROUP],
+                integers.shape,
+            )
+        )
+    return out
+
+
+class TorchAo(Peer):
+    name = "torchao"
+    formats = ("int4_g32",)
+
+    def missing(self) -> str:
+        return "" if importlib.util.find_spec("torchao") else "torchao is not installed"
+
+    def version(self) -> str:
+        return importlib.metadata.version("torchao")
+
+    def open(self, format: Format, shape: Shape, threads: int) -> Session:
+        return Loop()
+
+
+PEERS = [TorchAo()]
