@@ -6,7 +6,8 @@
 
 Prints, for each number of threads, a table of the operators: how many calls a token makes, the
 median microseconds of one, and its share of the token; then the median token as a user sees it,
-from Python, and the read bandwidth that was measured meanwhile. Needs ktcore[cli] with its extension.
+from Python, and the read bandwidth that was measured meanwhile. Needs ktcore[cli] with its
+extension.
 """
 
 from __future__ import annotations
