@@ -1,5 +1,5 @@
-"""torchao's int4 weights in groups of 32 on the CPU (`Int4OpaqueTensor`, float16 activations), in a
-loop over the experts that have tokens.
+"""torchao's int4 weights in groups of 32 on the CPU (`Int4OpaqueTensor`), in a loop over the
+experts that have tokens. Activations and scales are bfloat16: for others it has no fast kernel.
 
 https://github.com/pytorch/ao/tree/main/torchao/prototype/quantization/int4
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import logging
 
 import torch
 from torch import Tensor
@@ -32,12 +33,13 @@ class Loop(Session):
 
     def run(self, call: Call) -> Timed:
         x, ids, topk_weights = call.inputs
-        x, topk_weights = x.to(torch.float16), topk_weights.to(torch.float16)
+        x, topk_weights = x.to(torch.bfloat16), topk_weights.to(torch.bfloat16)
         return timed(lambda: moe(x, ids, topk_weights, *self.layers[call.layer]))
 
 
 def tensors(weight: QuantTensor) -> list[Tensor]:
     """Each expert's matrix as torchao's tensor of the same codes and scales."""
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of its GPU kernels
     from torchao.prototype.quantization.int4.int4_opaque_tensor import Int4OpaqueTensor
     from torchao.quantization.utils import pack_tinygemm_scales_and_zeros
 
@@ -46,7 +48,7 @@ def tensors(weight: QuantTensor) -> list[Tensor]:
     out = []
     for codes, scales in zip(stored.codes, stored.scales, strict=True):
         integers = stored.levels.to(torch.int32)[codes.int()] + MIDDLE
-        scales = scales.to(torch.float16)
+        scales = scales.to(torch.bfloat16)
         out.append(
             Int4OpaqueTensor(
                 torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers, 1),
