@@ -21,11 +21,11 @@ import fuzz
 
 BUILDS = _environment.ROOT / "build" / "sanitize"
 CSRC = _environment.ROOT / "csrc"
-TESTS = ("test_moe", "test_linear", "test_route", "test_decoder_ops", "test_threads")
+TESTS = ("test_moe", "test_linear", "test_route", "test_decoder_ops", "test_threads", "test_numa")
 # The kernels' tests are thousands, and many times slower here: those of a few sizes and formats.
 SOME = (
     "not reference and not 513 and "
-    "(test_threads or test_decoder_ops or route or "
+    "(test_threads or test_decoder_ops or test_numa or route or "
     "bf16 or int8- or int4_g32 or q4_k or q6_k or q8_0 or nvfp4-)"
 )
 PARTS = ("selftest", "tests", "fuzz", "threads")

@@ -51,6 +51,7 @@ CASES: dict[str, tuple[Rounding, Rounding]] = {
     "8 bits, groups of 32": (symmetric(8, 32), symmetric(8, 32)),
     "8 bits, groups of 32; down 16 bits": (symmetric(8, 32), symmetric(16, 32)),
     "8 bits, groups of 16": (symmetric(8, 16), symmetric(8, 16)),
+    "8 bits, groups of 16; down 16 bits": (symmetric(8, 16), symmetric(16, 32)),
     "8 bits centred, groups of 32": (centred(8, 32), centred(8, 32)),
     "8 bits centred, groups of 16": (centred(8, 16), centred(8, 16)),
     "8 bits, groups of 8": (symmetric(8, 8), symmetric(8, 8)),

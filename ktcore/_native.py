@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import warnings
 from types import ModuleType
 
@@ -54,7 +55,8 @@ def get_num_threads() -> int:
 def _default_threads() -> int:
     text = os.environ.get("KTCORE_NUM_THREADS")
     if text is None:
-        return available_threads()
+        pretended = _pretended_nodes()
+        return pretended[0] * pretended[1] if pretended else available_threads()
     try:
         threads = int(text)
     except ValueError:
@@ -64,13 +66,22 @@ def _default_threads() -> int:
     return threads
 
 
+def _pretended_nodes() -> tuple[int, int] | None:
+    """The nodes, and threads of each, that KTCORE_NUMA_NODES=2x1 and the like pretend."""
+    text = os.environ.get("KTCORE_NUMA_NODES", "").strip()
+    found = re.fullmatch("([1-9][0-9]?)x([1-9][0-9]?)", text)
+    return (int(found[1]), int(found[2])) if found else None
+
+
 def _memory_nodes() -> list[int] | None:
-    """The NUMA nodes that KTCORE_NUMA_NODES wants packed weights spread over; None: no word."""
+    """The NUMA nodes over which KTCORE_NUMA_NODES wants weights and threads; None: no word."""
     text = os.environ.get("KTCORE_NUMA_NODES", "").strip()
     if not text:
         return None
     if text == "none":
         return []
+    if pretended := _pretended_nodes():
+        return [-1] * pretended[0]
     allowed = ext.allowed_nodes()
     try:
         nodes = sorted({int(part) for part in text.split(",")})
@@ -79,7 +90,8 @@ def _memory_nodes() -> list[int] | None:
     if not set(nodes) <= set(allowed):
         raise SettingError(
             f"KTCORE_NUMA_NODES: expected none, or some of the nodes "
-            f"{','.join(map(str, allowed))}, got {text!r}"
+            f"{','.join(map(str, allowed))}, or 2x1 for two pretended ones with one thread each, "
+            f"got {text!r}"
         )
     return nodes
 
@@ -92,6 +104,6 @@ if ext is None:
         stacklevel=2,
     )
 else:
-    ext.set_num_threads(_default_threads())
     if (_nodes := _memory_nodes()) is not None:
         ext.set_memory_nodes(_nodes)
+    ext.set_num_threads(_default_threads())

@@ -207,7 +207,9 @@ print(open("/proc/self/numa_maps").read())
 
 
 @pytest.mark.skipif(not Path("/proc/self/numa_maps").exists(), reason="a kernel without NUMA")
-@pytest.mark.parametrize(("nodes", "spread"), [("0", True), ("none", False), ("", None)])
+@pytest.mark.parametrize(
+    ("nodes", "spread"), [("0", True), ("none", False), ("2x1", False), ("", None)]
+)
 def test_large_weights_are_spread_over_nodes(nodes, spread):
     environment = os.environ | {"KTCORE_NUMA_NODES": nodes}
     out = subprocess.run(
@@ -219,7 +221,9 @@ def test_large_weights_are_spread_over_nodes(nodes, spread):
     assert ("interleave" in out) == spread
 
 
-@pytest.mark.parametrize("nodes", ["77", "0,77", "all", "-1", "0;1"])
+@pytest.mark.parametrize(
+    "nodes", ["77", "0,77", "all", "-1", "0;1", "0x2", "2x", "x2", "2x-1", "200x1"]
+)
 def test_nodes_that_are_not_there(nodes):
     done = subprocess.run(
         [sys.executable, "-c", "import ktcore._native"],

@@ -271,7 +271,7 @@ def packed_matrix(weight: QuantTensor) -> object:
 @functools.cache
 def layout() -> Layout:
     """This form of weights, for those who store and restore it."""
-    return Layout(LAYOUT, _identity, _describe, _restore)
+    return Layout(LAYOUT, _identity, _memory, _describe, _restore)
 
 
 def _identity() -> str:
@@ -284,6 +284,12 @@ def _identity() -> str:
         for path in sorted(folder.glob("*.py")):
             digest.update(path.name.encode() + path.read_bytes())
     return f"{ktcore.__version__}-{digest.hexdigest()}"
+
+
+def _memory(packed: object) -> memoryview:
+    if isinstance(packed, _native.ext.PackedExperts):
+        packed = packed.in_one_piece()
+    return memoryview(packed)
 
 
 def _describe(packed: object) -> dict:

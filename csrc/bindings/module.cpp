@@ -428,6 +428,17 @@ PYBIND11_MODULE(_C, m) {
           py::arg("offsets") = 0, py::arg("inner_scales") = 0, py::arg("inner_offsets") = 0,
           py::arg("columns") = 0, py::arg("scale_size") = 0, py::arg("group_size") = 0,
           py::arg("blocks") = BlockArguments{})
+      .def(
+          "in_one_piece",
+          [](const py::object& self) {
+            const auto& packed = self.cast<const PackedExperts&>();
+            if (packed.gate_up_runs().size() == 1) return self;
+            return py::cast(packed.in_one_piece());
+          },
+          "The same weights as for a single NUMA node: how they are stored.")
+      .def_property_readonly(
+          "nodes", [](const PackedExperts& self) { return self.gate_up_runs().size(); },
+          "NUMA nodes over which the weights are cut.")
       .def_readonly("gate_up_layout", &PackedExperts::gate_up_layout)
       .def_readonly("down_layout", &PackedExperts::down_layout)
       .def_readonly("num_experts", &PackedExperts::num_experts)

@@ -96,6 +96,14 @@ void Buffer::reserve(size_t bytes) {
   *this = Buffer(bytes);
 }
 
+void Buffer::place([[maybe_unused]] size_t begin, [[maybe_unused]] size_t bytes,
+                   [[maybe_unused]] int node) const {
+#if !defined(_WIN32) && !defined(KT_SANITIZE_ADDRESS)
+  // What is small shares its pages' nodes with its neighbours.
+  if (base_ != nullptr && size_ >= kHugePage) ktcore::place(data_ + begin, bytes, node);
+#endif
+}
+
 std::string Buffer::lock() const {
   if (size_ == 0) return {};
 #if defined(_WIN32)

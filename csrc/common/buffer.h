@@ -24,6 +24,8 @@ class Buffer {
   bool read_only() const { return owner_ != nullptr; }
   // Grows to at least `bytes`; what was inside is not kept.
   void reserve(size_t bytes);
+  // Asks that these bytes, of memory of its own that nobody has touched, be a NUMA node's.
+  void place(size_t begin, size_t bytes, int node) const;
   // Has the operating system keep it in memory. Empty, or why it refuses.
   std::string lock() const;
 

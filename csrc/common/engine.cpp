@@ -81,6 +81,9 @@ void moe(const KernelTable& table, const MoeArgs& args) {
   job.activation = args.activation;
   job.gate_up = &experts.gate_up_layout;
   job.down = &experts.down_layout;
+  job.gate_up_runs = experts.gate_up_runs().data();
+  job.down_runs = experts.down_runs().data();
+  job.runs = static_cast<int64_t>(experts.gate_up_runs().size());
   job.planes = args.exact ? gate_up.exact_planes : gate_up.planes;
   job.mid_planes = args.exact ? down.exact_planes : down.planes;
   job.prefetch_bytes = prefetch_bytes();
@@ -136,8 +139,7 @@ void moe(const KernelTable& table, const MoeArgs& args) {
     const int64_t count = begin[e + 1] - begin[e];
     if (count == 0) continue;
     ActiveExpert& expert = active[active_count++];
-    expert.gate_up = experts.gate_up(e);
-    expert.down = experts.down(e);
+    expert.number = e;
     expert.gate_columns = experts.columns(e, PackedExperts::Projection::gate);
     expert.up_columns = experts.columns(e, PackedExperts::Projection::up);
     expert.down_columns = experts.columns(e, PackedExperts::Projection::down);

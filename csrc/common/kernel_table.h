@@ -16,8 +16,7 @@ struct TokenTile {
 };
 
 struct ActiveExpert {
-  const uint8_t* gate_up;  // packed weights
-  const uint8_t* down;
+  int64_t number;                                // among all of the layer
   const float *gate_bias, *up_bias, *down_bias;  // each may be null
   // [hidden_size] and [intermediate_size], null unless the layout is reordered.
   const int32_t *gate_columns, *up_columns, *down_columns;
@@ -30,6 +29,8 @@ struct MoeJob {
   Rows out;
   int64_t tokens, hidden_size, intermediate_size;
   const WeightLayout *gate_up, *down;
+  const BlockRun *gate_up_runs, *down_runs;  // a pair of gate and up counts as one block
+  int64_t runs;
   int64_t pairs;
   const int32_t* pair_token;
   const float* pair_weight;

@@ -1,9 +1,13 @@
 #include "common/numa.h"
 
+#include <cstdint>
+#include <cstdio>
 #include <mutex>
+#include <string>
 #include <utility>
 
 #if defined(__linux__)
+#include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -26,8 +30,19 @@ Nodes& nodes() {
 
 #if defined(__linux__)
 // From linux/mempolicy.h. Called without libnuma, which few machines have installed.
-constexpr int kInterleave = 3, kMemsAllowed = 4;
+constexpr int kPreferred = 1, kInterleave = 3, kMemsAllowed = 4;
 constexpr int kMaxNodes = 1024, kBits = 8 * sizeof(unsigned long);
+
+void set_policy(void* data, size_t bytes, int policy, const std::vector<int>& of) {
+  unsigned long mask[kMaxNodes / kBits] = {};
+  bool any = false;
+  for (const int node : of) {
+    if (node < 0 || node >= kMaxNodes) continue;
+    mask[node / kBits] |= 1ul << (node % kBits);
+    any = true;
+  }
+  if (any) syscall(SYS_mbind, data, bytes, policy, mask, kMaxNodes + 1, 0);
+}
 #endif
 
 }  // namespace
@@ -58,13 +73,40 @@ std::vector<int> memory_nodes() {
 
 void interleave([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__)
-  const std::vector<int> spread = memory_nodes();
-  if (spread.empty()) return;
-  unsigned long mask[kMaxNodes / kBits] = {};
-  for (const int node : spread) {
-    if (node >= 0 && node < kMaxNodes) mask[node / kBits] |= 1ul << (node % kBits);
+  set_policy(data, bytes, kInterleave, memory_nodes());
+#endif
+}
+
+void place([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes, [[maybe_unused]] int node) {
+#if defined(__linux__)
+  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const auto address = reinterpret_cast<uintptr_t>(data), first = address / page * page;
+  set_policy(reinterpret_cast<void*>(first), bytes + (address - first), kPreferred, {node});
+#endif
+}
+
+void stay_on_node([[maybe_unused]] int node) {
+#if defined(__linux__)
+  if (node < 0) return;
+  const std::string path = "/sys/devices/system/node/node" + std::to_string(node) + "/cpulist";
+  std::FILE* file = std::fopen(path.c_str(), "r");
+  if (file == nullptr) return;
+  cpu_set_t allowed, wanted;
+  CPU_ZERO(&wanted);
+  const bool known = sched_getaffinity(0, sizeof(allowed), &allowed) == 0;
+  int count = 0;
+  for (int first; std::fscanf(file, "%d", &first) == 1; std::fgetc(file)) {  // "0-15,32-47"
+    int last = first, next = std::fgetc(file);
+    if (next == '-' && std::fscanf(file, "%d", &last) == 1) next = std::fgetc(file);
+    if (next != EOF) std::ungetc(next, file);
+    for (int cpu = first; cpu <= last && cpu < CPU_SETSIZE; ++cpu) {
+      if (!known || !CPU_ISSET(cpu, &allowed)) continue;
+      CPU_SET(cpu, &wanted);
+      ++count;
+    }
   }
-  syscall(SYS_mbind, data, bytes, kInterleave, mask, kMaxNodes + 1, 0);
+  std::fclose(file);
+  if (count > 0) sched_setaffinity(0, sizeof(wanted), &wanted);
 #endif
 }
 

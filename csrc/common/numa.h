@@ -9,14 +9,18 @@ namespace ktcore {
 // The nodes whose memory this process may use; {0} where the system does not say.
 std::vector<int> allowed_nodes();
 
-// The nodes over which large buffers are spread from now on; fewer than one: none is spread. At
-// first `allowed_nodes` if there are several.
+// The nodes over which weights are cut, large buffers spread and threads shared out from now on; fewer
+// than two: none is. A number below zero is a node that is only pretended, to see that results are the
+// same. At first `allowed_nodes` if there are several.
 void set_memory_nodes(std::vector<int> nodes);
 std::vector<int> memory_nodes();
 
-// Spreads pages that nobody has touched yet over `memory_nodes`, one by one: which thread reads a block
-// depends on what is active, so that every thread reads all of a weight, and all nodes' memory together
-// is faster than any node's alone. A hint: refusal costs speed, not correctness.
+// Spreads pages that nobody has touched yet over `memory_nodes`, one by one, or keeps them on one node. A
+// hint: refusal costs speed, not correctness.
 void interleave(void* data, size_t bytes);
+void place(void* data, size_t bytes, int node);
+
+// Keeps the calling thread on the CPUs of a node, of those that it may use.
+void stay_on_node(int node);
 
 }  // namespace ktcore

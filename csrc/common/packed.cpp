@@ -6,6 +6,7 @@
 #include <string>
 #include <utility>
 
+#include "common/numa.h"
 #include "common/thread_pool.h"
 
 namespace ktcore {
@@ -216,13 +217,17 @@ void pack_block(const StoredMatrix& m, int64_t row0, uint8_t* out) {
   }
 }
 
-// Packs all blocks of a matrix on the pool; block b goes to first + b * step.
-void pack_blocks(const StoredMatrix& m, uint8_t* first, int64_t step) {
+// Packs all blocks of a matrix on the pool; block b goes to place(b).
+template <class Place>
+void pack_blocks(const StoredMatrix& m, Place&& place) {
   const auto pool = default_pool();
   std::lock_guard<std::mutex> guard(pool->lock());
   parallel_for(*pool, ceil_div(m.rows, kBlockRows),
-               [&](int64_t b, int) { pack_block(m, b * kBlockRows, first + b * step); });
+               [&](int64_t b, int) { pack_block(m, b * kBlockRows, place(b)); });
 }
+
+// Into memory that was taken to be written.
+uint8_t* writable(const uint8_t* p) { return const_cast<uint8_t*>(p); }
 
 size_t matrix_bytes(const WeightLayout& layout, int64_t rows, int64_t cols) {
   return static_cast<size_t>(ceil_div(rows, kBlockRows) * layout.block_bytes(cols));
@@ -269,12 +274,25 @@ void check_columns(const int32_t* columns, int64_t count, int64_t cols) {
 }  // namespace
 
 PackedMatrix::PackedMatrix(const WeightLayout& l, int64_t r, int64_t c)
-    : PackedMatrix(l, r, c, Buffer(matrix_bytes(l, r, c) + columns_bytes(l, c))) {}
+    : layout(l), rows(r), cols(c), buffer(matrix_bytes(l, r, c) + columns_bytes(l, c)) {
+  const std::vector<int> nodes = memory_nodes();
+  const auto count = static_cast<int64_t>(nodes.size());
+  const int64_t blocks = ceil_div(r, kBlockRows), block = l.block_bytes(c);
+  for (int64_t n = 0; count > 1 && n < count; ++n) {
+    const int64_t first = blocks * n / count, end = blocks * (n + 1) / count;
+    buffer.place(static_cast<size_t>(first * block), static_cast<size_t>((end - first) * block),
+                 nodes[static_cast<size_t>(n)]);
+  }
+}
 
 PackedMatrix::PackedMatrix(const WeightLayout& l, int64_t r, int64_t c, Buffer memory)
     : layout(l), rows(r), cols(c), buffer(std::move(memory)) {
   check_size(buffer, matrix_bytes(l, r, c) + columns_bytes(l, c));
   check_columns(columns(), cols, cols);
+  if (memory_nodes().size() < 2) return;
+  PackedMatrix placed(l, r, c);
+  std::memcpy(placed.buffer.data(), buffer.data(), buffer.size());
+  buffer = std::move(placed.buffer);
 }
 
 const int32_t* PackedMatrix::columns() const {
@@ -288,33 +306,97 @@ void PackedMatrix::pack(StoredMatrix m) {
   m.rows = rows;
   m.cols = cols;
   if (layout.reordered) store_columns(m, columns());
-  pack_blocks(m, buffer.data(), layout.block_bytes(cols));
+  pack_blocks(m, [&](int64_t b) { return buffer.data() + b * layout.block_bytes(cols); });
 }
+
+namespace {
+
+size_t experts_bytes(const WeightLayout& gate_up, const WeightLayout& down, int64_t e, int64_t h,
+                     int64_t i) {
+  return static_cast<size_t>(e) * (2 * (matrix_bytes(gate_up, i, h) + columns_bytes(gate_up, h)) +
+                                   matrix_bytes(down, h, i) + columns_bytes(down, i));
+}
+
+}  // namespace
 
 PackedExperts::PackedExperts(const WeightLayout& gate_up, const WeightLayout& down, int64_t e,
                              int64_t h, int64_t i)
-    : PackedExperts(gate_up, down, e, h, i,
-                    Buffer(static_cast<size_t>(e) *
-                           (2 * (matrix_bytes(gate_up, i, h) + columns_bytes(gate_up, h)) +
-                            matrix_bytes(down, h, i) + columns_bytes(down, i)))) {}
+    : PackedExperts(gate_up, down, e, h, i, Buffer(experts_bytes(gate_up, down, e, h, i)),
+                    memory_nodes()) {}
 
 PackedExperts::PackedExperts(const WeightLayout& gate_up, const WeightLayout& down, int64_t e,
                              int64_t h, int64_t i, Buffer memory)
+    : PackedExperts(gate_up, down, e, h, i, std::move(memory), {}) {
+  if (memory_nodes().size() < 2) return;
+  PackedExperts cut(gate_up, down, e, h, i);
+  cut.copy_from(*this);
+  *this = std::move(cut);
+}
+
+PackedExperts::PackedExperts(const WeightLayout& gate_up, const WeightLayout& down, int64_t e,
+                             int64_t h, int64_t i, Buffer memory, const std::vector<int>& nodes)
     : gate_up_layout(gate_up),
       down_layout(down),
       num_experts(e),
       hidden_size(h),
       intermediate_size(i),
       buffer(std::move(memory)) {
-  check_size(buffer,
-             static_cast<size_t>(e * (gate_up_bytes() + down_bytes())) +
-                 static_cast<size_t>(e) * (2 * columns_bytes(gate_up, h) + columns_bytes(down, i)));
+  check_size(buffer, experts_bytes(gate_up, down, e, h, i));
   check_columns(columns(0, Projection::gate), 2 * e * h, h);
   check_columns(columns(0, Projection::down), e * i, i);
+  const int64_t count = nodes.empty() ? 1 : static_cast<int64_t>(nodes.size());
+  const int64_t up_blocks = ceil_div(i, kBlockRows), down_blocks = ceil_div(h, kBlockRows);
+  const uint8_t* at = buffer.data();
+  for (int64_t n = 0; n < count; ++n) {
+    BlockRun of_up{up_blocks * n / count, up_blocks * (n + 1) / count, at, 0};
+    BlockRun of_down{down_blocks * n / count, down_blocks * (n + 1) / count, at, 0};
+    const int64_t up_bytes = (of_up.end - of_up.first) * gate_up_block();
+    of_down.data += up_bytes;
+    of_up.stride = of_down.stride = up_bytes + (of_down.end - of_down.first) * down_block();
+    gate_up_runs_.push_back(of_up);
+    down_runs_.push_back(of_down);
+    if (count > 1) {
+      buffer.place(static_cast<size_t>(at - buffer.data()), static_cast<size_t>(e * of_up.stride),
+                   nodes[static_cast<size_t>(n)]);
+    }
+    at += e * of_up.stride;
+  }
+}
+
+void PackedExperts::copy_from(const PackedExperts& other) {
+  const auto copy = [](const std::vector<BlockRun>& from, const std::vector<BlockRun>& to,
+                       int64_t expert, int64_t bytes) {
+    for (int64_t b = 0; b < to.back().end; ++b) {
+      std::memcpy(writable(run_of(to.data(), b).block(expert, b, bytes)),
+                  run_of(from.data(), b).block(expert, b, bytes), static_cast<size_t>(bytes));
+    }
+  };
+  const auto pool = default_pool();
+  std::lock_guard<std::mutex> guard(pool->lock());
+  parallel_for(*pool, num_experts, [&](int64_t expert, int) {
+    copy(other.gate_up_runs_, gate_up_runs_, expert, gate_up_block());
+    copy(other.down_runs_, down_runs_, expert, down_block());
+  });
+  const auto before =
+      static_cast<size_t>(reinterpret_cast<uint8_t*>(all_columns()) - buffer.data());
+  std::memcpy(all_columns(), other.all_columns(), buffer.size() - before);
+}
+
+PackedExperts PackedExperts::in_one_piece() const {
+  PackedExperts out(gate_up_layout, down_layout, num_experts, hidden_size, intermediate_size,
+                    Buffer(buffer.size()), {});
+  out.copy_from(*this);
+  return out;
+}
+
+int32_t* PackedExperts::all_columns() const {
+  const size_t blocks = matrix_bytes(down_layout, hidden_size, intermediate_size) +
+                        2 * matrix_bytes(gate_up_layout, intermediate_size, hidden_size);
+  return reinterpret_cast<int32_t*>(buffer.data() + static_cast<size_t>(num_experts) * blocks);
 }
 
 const int32_t* PackedExperts::columns(int64_t expert, Projection projection) const {
-  const auto* gates_and_ups = reinterpret_cast<const int32_t*>(gate_up(num_experts));
+  const int32_t* gates_and_ups = all_columns();
   if (projection != Projection::down) {
     const int64_t row = 2 * expert + (projection == Projection::up ? 1 : 0);
     return gate_up_layout.reordered ? gates_and_ups + row * hidden_size : nullptr;
@@ -324,19 +406,6 @@ const int32_t* PackedExperts::columns(int64_t expert, Projection projection) con
   return gates_and_ups + before + expert * intermediate_size;
 }
 
-int64_t PackedExperts::gate_up_bytes() const {
-  return 2 * ceil_div(intermediate_size, kBlockRows) * gate_up_layout.block_bytes(hidden_size);
-}
-int64_t PackedExperts::down_bytes() const {
-  return ceil_div(hidden_size, kBlockRows) * down_layout.block_bytes(intermediate_size);
-}
-const uint8_t* PackedExperts::gate_up(int64_t expert) const {
-  return buffer.data() + expert * (gate_up_bytes() + down_bytes());
-}
-const uint8_t* PackedExperts::down(int64_t expert) const {
-  return gate_up(expert) + gate_up_bytes();
-}
-
 void PackedExperts::pack(int64_t expert, Projection projection, StoredMatrix m) {
   check_writable(buffer);
   if (projection == Projection::down) {
@@ -344,16 +413,19 @@ void PackedExperts::pack(int64_t expert, Projection projection, StoredMatrix m) 
     m.rows = hidden_size;
     m.cols = intermediate_size;
     if (m.layout.reordered) store_columns(m, columns(expert, projection));
-    pack_blocks(m, const_cast<uint8_t*>(down(expert)), down_layout.block_bytes(m.cols));
+    pack_blocks(m, [&](int64_t b) {
+      return writable(run_of(down_runs_.data(), b).block(expert, b, down_block()));
+    });
     return;
   }
   m.layout = gate_up_layout;
   m.rows = intermediate_size;
   m.cols = hidden_size;
   if (m.layout.reordered) store_columns(m, columns(expert, projection));
-  const int64_t block = gate_up_layout.block_bytes(m.cols);
-  const int64_t offset = projection == Projection::up ? block : 0;
-  pack_blocks(m, const_cast<uint8_t*>(gate_up(expert)) + offset, 2 * block);
+  const int64_t offset = projection == Projection::up ? gate_up_block() / 2 : 0;
+  pack_blocks(m, [&](int64_t b) {
+    return writable(run_of(gate_up_runs_.data(), b).block(expert, b, gate_up_block())) + offset;
+  });
 }
 
 }  // namespace ktcore

@@ -165,11 +165,31 @@ struct StoredMatrix {
   const int64_t* columns = nullptr;  // where the layout is reordered: [cols], each below cols
 };
 
+// Neighbouring blocks of a matrix, which lie one after the other; those of the next expert's matrix
+// `stride` bytes behind. A matrix is cut into one run for each NUMA node, so that whoever computes these
+// rows reads memory nearby; every output is one run's alone, so that the result does not depend on it.
+struct BlockRun {
+  int64_t first, end;  // block numbers
+  const uint8_t* data;
+  int64_t stride;
+
+  KT_INLINE const uint8_t* block(int64_t expert, int64_t number, int64_t block_bytes) const {
+    return data + expert * stride + (number - first) * block_bytes;
+  }
+};
+
+// The run of a block.
+static KT_INLINE const BlockRun& run_of(const BlockRun* runs, int64_t block) {
+  while (block >= runs->end) ++runs;
+  return *runs;
+}
+
 // One packed matrix [rows, cols].
 class PackedMatrix {
  public:
   PackedMatrix(const WeightLayout& layout, int64_t rows, int64_t cols);
-  // Over memory that somebody owns, packed before; std::invalid_argument if its size does not fit.
+  // Over memory that somebody owns, packed before, which is copied where there are several nodes;
+  // std::invalid_argument if its size does not fit.
   PackedMatrix(const WeightLayout& layout, int64_t rows, int64_t cols, Buffer memory);
   // Takes `m` for its data; sizes and layout are this matrix's own.
   void pack(StoredMatrix m);
@@ -181,30 +201,43 @@ class PackedMatrix {
   Buffer buffer;
 };
 
-// The experts of one layer: per expert the gate and up rows interleaved by blocks (they are read
-// together), then the down matrix. Where down is reordered, gate and up have been given with their rows
-// in its order.
+// The experts of one layer: for each NUMA node, and in it for each expert, a run of blocks of the gate and
+// up rows, interleaved (they are read together), then a run of the down matrix's. Where down is
+// reordered, gate and up have been given with their rows in its order.
 class PackedExperts {
  public:
   PackedExperts(const WeightLayout& gate_up_layout, const WeightLayout& down_layout,
                 int64_t num_experts, int64_t hidden_size, int64_t intermediate_size);
-  // Over memory that somebody owns, packed before; std::invalid_argument if its size does not fit.
+  // Over memory that somebody owns, packed before for one node, which is copied where there are several;
+  // std::invalid_argument if its size does not fit.
   PackedExperts(const WeightLayout& gate_up_layout, const WeightLayout& down_layout,
                 int64_t num_experts, int64_t hidden_size, int64_t intermediate_size, Buffer memory);
+  // The same weights as on one node, to be stored.
+  PackedExperts in_one_piece() const;
   enum class Projection { gate, up, down };
   // Data of one projection of one expert; sizes and layout are this object's own.
   void pack(int64_t expert, Projection projection, StoredMatrix m);
 
-  int64_t gate_up_bytes() const;  // of one expert
-  int64_t down_bytes() const;
-  const uint8_t* gate_up(int64_t expert) const;
-  const uint8_t* down(int64_t expert) const;
+  // A pair of gate and up counts as one block.
+  const std::vector<BlockRun>& gate_up_runs() const { return gate_up_runs_; }
+  const std::vector<BlockRun>& down_runs() const { return down_runs_; }
   // [hidden_size], for down [intermediate_size]; null unless the projection's layout is reordered.
   const int32_t* columns(int64_t expert, Projection projection) const;
 
   WeightLayout gate_up_layout, down_layout;
   int64_t num_experts, hidden_size, intermediate_size;
   Buffer buffer;
+
+ private:
+  PackedExperts(const WeightLayout& gate_up_layout, const WeightLayout& down_layout,
+                int64_t num_experts, int64_t hidden_size, int64_t intermediate_size, Buffer memory,
+                const std::vector<int>& nodes);
+  int64_t gate_up_block() const { return 2 * gate_up_layout.block_bytes(hidden_size); }
+  int64_t down_block() const { return down_layout.block_bytes(intermediate_size); }
+  void copy_from(const PackedExperts& other);
+  int32_t* all_columns() const;
+
+  std::vector<BlockRun> gate_up_runs_, down_runs_;
 };
 
 }  // namespace ktcore

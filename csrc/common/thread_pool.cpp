@@ -1,8 +1,10 @@
 #include "common/thread_pool.h"
 
 #include <thread>
+#include <utility>
 
 #include "common/futex.h"
+#include "common/numa.h"
 #include "common/platform.h"
 
 #if defined(__linux__)
@@ -31,6 +33,10 @@ ThreadPool::ThreadPool(int threads)
     : threads_(threads < 1 ? 1 : threads),
       // With more threads than cores a spinning thread holds the core that the work needs.
       spins_(threads <= available_cpus() ? kSpins : 0),
+      nodes_([&] {
+        auto nodes = memory_nodes();
+        return nodes.empty() ? std::vector<int>{-1} : std::move(nodes);
+      }()),
       shares_(new Share[static_cast<size_t>(threads_)]) {
   for (int i = 1; i < threads_; ++i) {
     alive_.fetch_add(1);
@@ -45,15 +51,27 @@ ThreadPool::~ThreadPool() {
   while (alive_.load() != 0) std::this_thread::yield();
 }
 
-void ThreadPool::work(int thread) {
-  for (int k = 0; k < threads_; ++k) {
-    Share& share = shares_[(thread + k) % threads_];
-    for (;;) {
-      const int64_t i = share.next.fetch_add(1, std::memory_order_relaxed);
-      if (i >= share.end) break;
-      task_(context_, i, thread);
-    }
+int ThreadPool::node_of(int thread) const {
+  int node = 0;
+  while (first_thread(node + 1) <= thread) ++node;
+  return node;
+}
+
+// Runs what is left of a thread's share.
+void ThreadPool::take(int owner, int thread) {
+  Share& share = shares_[owner];
+  for (;;) {
+    const int64_t i = share.next.fetch_add(1, std::memory_order_relaxed);
+    if (i >= share.end) break;
+    task_(context_, i, thread);
   }
+}
+
+void ThreadPool::work(int thread) {
+  const int node = node_of(thread);
+  const int first = first_thread(node), count = first_thread(node + 1) - first;
+  for (int k = 0; k < count; ++k) take(first + (thread - first + k) % count, thread);
+  for (int k = count; k < threads_; ++k) take((first + k) % threads_, thread);
 }
 
 void ThreadPool::run(int64_t count, Task task, void* context) {
@@ -90,6 +108,7 @@ void ThreadPool::run(int64_t count, Task task, void* context) {
 }
 
 void ThreadPool::worker(int thread) {
+  if (nodes_.size() > 1) stay_on_node(nodes_[static_cast<size_t>(node_of(thread))]);
   uint32_t seen = 0;
   for (;;) {
     for (int spin = 0; epoch_.load(std::memory_order_acquire) == seen && spin < spins_; ++spin) {

@@ -4,7 +4,9 @@
 // that somebody is in the middle of. So a worker which the operating system keeps off the core
 // (more threads than cores, a busy neighbour, a CPU quota) costs at most the task it holds.
 // Each thread begins with a run of neighbouring tasks of its own and then takes from the others' runs:
-// neighbours read neighbouring memory, and what is fetched ahead of one task is the next one's.
+// neighbours read neighbouring memory, and what is fetched ahead of one task is the next one's. With
+// several NUMA nodes, neighbouring threads share one, whose CPUs the workers keep to, and take from each
+// other first: tasks are in the order of the nodes whose memory they read.
 // Idle workers spin for a few microseconds, because the next phase of the same operator usually
 // follows at once, and then park in the kernel: an idle process uses no CPU time.
 #pragma once
@@ -13,6 +15,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <vector>
 
 #include "common/buffer.h"
 
@@ -40,9 +43,14 @@ class ThreadPool {
  private:
   void worker(int thread);
   void work(int thread);
+  void take(int owner, int thread);
+  // The number of a thread's node among nodes_, and a node's first thread; of the one after the last, size().
+  int node_of(int thread) const;
+  int first_thread(int node) const { return threads_ * node / static_cast<int>(nodes_.size()); }
 
   const int threads_;
   const int spins_;
+  const std::vector<int> nodes_;
   std::mutex mutex_;
   Buffer scratch_;
 

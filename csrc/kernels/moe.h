@@ -81,17 +81,21 @@ static void gate_up(const MoeJob& job, ThreadPool& pool) {
                         job.in_encoded, [&](int32_t pair) { return job.pair_token[pair]; });
   }
 
-  const int64_t mid_blocks = mid_groups;  // a block of rows is a group of the next matrix's columns
+  // Run after run of blocks, so that each node's threads begin with what lies in its memory.
   const int64_t up_step = blocks_per_task(2 * in_block);
-  const int64_t up_tasks = ceil_div(mid_blocks, up_step);
-  parallel_for(pool, job.experts * up_tasks, [&](int64_t task, int) {
-    const ActiveExpert& expert = job.expert[task / up_tasks];
-    const int64_t begin = task % up_tasks * up_step;
-    const int64_t end = begin + up_step < mid_blocks ? begin + up_step : mid_blocks;
+  const auto tasks_of = [&](const BlockRun& run) { return ceil_div(run.end - run.first, up_step); };
+  int64_t tasks = 0;
+  for (int64_t i = 0; i < job.runs; ++i) tasks += job.experts * tasks_of(job.gate_up_runs[i]);
+  parallel_for(pool, tasks, [&](int64_t task, int) {
+    const BlockRun* run = job.gate_up_runs;
+    for (; task >= job.experts * tasks_of(*run); ++run) task -= job.experts * tasks_of(*run);
+    const ActiveExpert& expert = job.expert[task / tasks_of(*run)];
+    const int64_t begin = run->first + task % tasks_of(*run) * up_step;
+    const int64_t end = begin + up_step < run->end ? begin + up_step : run->end;
     alignas(64) float gate[kProductRows * kBlockRows];
     alignas(64) float up[kProductRows * kBlockRows];
     for (int64_t b = begin; b < end; ++b) {
-      const uint8_t* weights = expert.gate_up + b * 2 * in_block;
+      const uint8_t* weights = run->block(expert.number, b, 2 * in_block);
       typename S::F gate_bias[Rows32<S>::kVectors], up_bias[Rows32<S>::kVectors];
       load_bias<S>(expert.gate_bias, expert.down_columns, b, intermediate, gate_bias);
       load_bias<S>(expert.up_bias, expert.down_columns, b, intermediate, up_bias);
@@ -147,8 +151,9 @@ static void down(const MoeJob& job, ThreadPool& pool) {
       const ActiveExpert& expert = job.expert[e];
       for_tiles<Format>(job, expert, [&](const TokenTile* tiles, int count) {
         for (int64_t b = begin; b < end; ++b) {
-          multiply<S, Format>(*job.down, expert.down + b * mid_block, mid_groups, tiles, count,
-                              planes, encoded, c, job.prefetch_bytes);
+          multiply<S, Format>(*job.down,
+                              run_of(job.down_runs, b).block(expert.number, b, mid_block),
+                              mid_groups, tiles, count, planes, encoded, c, job.prefetch_bytes);
           typename S::F bias[Rows32<S>::kVectors];
           load_bias<S>(expert.down_bias, nullptr, b, hidden, bias);
           for (int i = 0; i < count; ++i) {

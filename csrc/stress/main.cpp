@@ -8,6 +8,7 @@
 
 #include "common/engine.h"
 #include "common/isa.h"
+#include "common/numa.h"
 #include "common/thread_pool.h"
 
 using namespace ktcore;
@@ -22,8 +23,9 @@ void expect(bool good, const char* what) {
   std::fprintf(stderr, "wrong: %s\n", what);
 }
 
-// Every task once, what each wrote seen by the caller; with more threads than cores, too.
-void pool_of_its_own(int rounds) {
+// Every task once, what each wrote seen by the caller; with more threads than cores, and on nodes, too.
+void pool_of_its_own(int rounds, const std::vector<int>& nodes) {
+  set_memory_nodes(nodes);
   for (int threads : {1, 2, 3, 8}) {
     ThreadPool pool(threads);
     std::vector<int64_t> out(97);
@@ -85,7 +87,9 @@ void shared_pool(const KernelTable& table, int rounds) {
 
 int main(int argc, char** argv) {
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 300;
-  pool_of_its_own(10 * rounds);
+  for (const auto& nodes : {std::vector<int>{}, {-1, -1}, {0, 0, -1}}) {
+    pool_of_its_own(10 * rounds, nodes);
+  }
   int tables = 0;
   for (const Isa& isa : isas()) {
     if (!isa.missing().empty()) continue;

@@ -183,7 +183,8 @@ class ModelCache:
             if layout is not None and layout.name in weight.packed:
                 packed = weight.packed[layout.name]
                 about = {"layout": layout.name, "request": request._asdict()}
-                writer.add(name, about | {"description": layout.describe(packed)}, packed)
+                about["description"] = layout.describe(packed)
+                writer.add(name, about, layout.memory(packed))
 
         try:
             yield store

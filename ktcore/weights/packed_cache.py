@@ -53,18 +53,18 @@ class CacheError(ValueError):
 class Layout:
     """A form that backends pack weights into.
 
-    Packed weights expose their bytes by the buffer protocol.
-
     Attributes:
         name: what `packed` of weights holds them by.
         identify: gives `identity`; called when somebody asks for that first.
-        describe: what is not in the bytes of packed weights, as plain data for JSON.
+        memory: the bytes of packed weights, which it keeps alive; on every machine the same.
+        describe: what is not in these bytes, as plain data for JSON.
         restore: the packed weights of a description and the memory with their bytes, which they
             read and keep alive. Raises ValueError or TypeError if the two do not fit.
     """
 
     name: str
     identify: Callable[[], str]
+    memory: Callable[[object], memoryview]
     describe: Callable[[object], dict]
     restore: Callable[[dict, memoryview], object]
 
@@ -192,9 +192,8 @@ class CacheWriter:
         self._writes: list[Future[None]] = []
         self._thread = ThreadPoolExecutor(1, "ktcore-cache")
 
-    def add(self, name: str, about: dict, packed: object) -> None:
+    def add(self, name: str, about: dict, memory: memoryview) -> None:
         """Write the bytes of packed weights, soon; a failure to do so shows at `commit`."""
-        memory = memoryview(packed)  # keeps them alive until they are written
         entry = Entry(name, about, self._end, memory.nbytes, _native.ext.checksum(memory))
         self._entries.append(entry)
         self._end += -(-memory.nbytes // PAGE) * PAGE
