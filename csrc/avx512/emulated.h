@@ -6,6 +6,7 @@
 #include <immintrin.h>
 
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 
 namespace ktcore::emulated {
@@ -28,7 +29,9 @@ KT_HALVES2(F512, mul_ps, _mm256_mul_ps)
 KT_HALVES2(F512, div_ps, _mm256_div_ps)
 KT_HALVES2(F512, min_ps, _mm256_min_ps)
 KT_HALVES2(F512, max_ps, _mm256_max_ps)
+KT_HALVES2(I512, add_epi16, _mm256_add_epi16)
 KT_HALVES2(I512, add_epi32, _mm256_add_epi32)
+KT_HALVES2(I512, andnot_si512, _mm256_andnot_si256)
 KT_HALVES2(I512, sub_epi16, _mm256_sub_epi16)
 KT_HALVES2(I512, max_epi32, _mm256_max_epi32)
 KT_HALVES2(I512, and_si512, _mm256_and_si256)
@@ -198,6 +201,21 @@ static inline I512 dpwssd_epi32(I512 acc, I512 a, I512 b) {
   return add_epi32(acc, madd_epi16(a, b));
 }
 
+static inline I512 permutex2var_epi8(I512 a, I512 index, I512 b) {
+  alignas(64) uint8_t table[128], v[64];
+  storeu_si512(table, a);
+  storeu_si512(table + 64, b);
+  storeu_si512(v, index);
+  for (uint8_t& x : v) x = table[x & 127];
+  return loadu_si512(v);
+}
+// (a & b) | c, which is all that is asked of it.
+template <int N>
+static inline I512 ternarylogic_epi32(I512 a, I512 b, I512 c) {
+  static_assert(N == 0xea);
+  return or_si512(and_si512(a, b), c);
+}
+
 // Pairs of bf16: the odd product is added first; denormal inputs and results count as zero.
 static inline F512 flush(F512 a) {
   float v[16];
@@ -225,9 +243,11 @@ static inline F512 dpbf16_ps(F512 acc, I512 a, I512 b) {
 #define __m512bh ::ktcore::emulated::I512
 #define __mmask16 ::ktcore::emulated::Mask16
 
+#define _mm512_add_epi16 ::ktcore::emulated::add_epi16
 #define _mm512_add_epi32 ::ktcore::emulated::add_epi32
 #define _mm512_add_ps ::ktcore::emulated::add_ps
 #define _mm512_and_si512 ::ktcore::emulated::and_si512
+#define _mm512_andnot_si512 ::ktcore::emulated::andnot_si512
 #define _mm512_broadcast_i32x4 ::ktcore::emulated::broadcast_i32x4
 #define _mm512_castpd_ps(a) (a)
 #define _mm512_castps_pd(a) (a)
@@ -259,6 +279,7 @@ static inline F512 dpbf16_ps(F512 acc, I512 a, I512 b) {
 #define _mm512_min_ps ::ktcore::emulated::min_ps
 #define _mm512_mul_ps ::ktcore::emulated::mul_ps
 #define _mm512_or_si512 ::ktcore::emulated::or_si512
+#define _mm512_permutex2var_epi8 ::ktcore::emulated::permutex2var_epi8
 #define _mm512_reduce_add_ps ::ktcore::emulated::reduce_add_ps
 #define _mm512_reduce_max_epi32 ::ktcore::emulated::reduce_max_epi32
 #define _mm512_reduce_max_ps ::ktcore::emulated::reduce_max_ps
@@ -282,6 +303,7 @@ static inline F512 dpbf16_ps(F512 acc, I512 a, I512 b) {
 #define _mm512_storeu_si512 ::ktcore::emulated::storeu_si512
 #define _mm512_sub_epi16 ::ktcore::emulated::sub_epi16
 #define _mm512_sub_ps ::ktcore::emulated::sub_ps
+#define _mm512_ternarylogic_epi32(a, b, c, n) ::ktcore::emulated::ternarylogic_epi32<n>(a, b, c)
 #define _mm512_unpackhi_pd ::ktcore::emulated::unpackhi_pd
 #define _mm512_unpackhi_ps ::ktcore::emulated::unpackhi_ps
 #define _mm512_unpacklo_pd ::ktcore::emulated::unpacklo_pd

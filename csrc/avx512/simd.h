@@ -1,4 +1,5 @@
-// AVX-512 (F, BW, DQ, VL), with VNNI and BF16 dot products where this file is compiled for them.
+// AVX-512 (F, BW, DQ, VL), with VNNI, and with BF16 dot products and VBMI, where this file is compiled
+// for them.
 #pragma once
 
 #if defined(KTCORE_EMULATE_AVX512)
@@ -14,6 +15,24 @@
 #include "common/types.h"
 
 namespace ktcore::KTCORE_ISA {
+
+// The bytes of the bf16 of each e4m3 code without its sign; 480 for that of NaN.
+struct E4m3Bytes {
+  alignas(64) uint8_t low[128] = {}, high[128] = {};
+  constexpr E4m3Bytes() {
+    for (int code = 0; code < 128; ++code) {
+      int exponent = code >> 3, mantissa = (code & 7) << 4;
+      if (exponent == 0 && mantissa != 0) {  // subnormal here, not as bf16
+        for (exponent = 1; mantissa < 128; mantissa *= 2) --exponent;
+        mantissa -= 128;
+      }
+      const int bits = code == 0 ? 0 : (exponent + 120) << 7 | mantissa;
+      low[code] = static_cast<uint8_t>(bits & 255);
+      high[code] = static_cast<uint8_t>(bits >> 8);
+    }
+  }
+};
+static constexpr E4m3Bytes kE4m3;
 
 struct Simd {
   static constexpr int kLanes = 16;
@@ -251,10 +270,30 @@ struct Simd {
   }
 
 #if defined(KTCORE_BF16)
+  // Bytes N and N + 2 of each lane, of e4m3, as two bf16. Looked up: dot products take subnormal numbers
+  // for zero, of which shifted bits would make some. The codes of NaN come out as 480.
+  template <int N>
+  static KT_INLINE I e4m3_pair(I raw) {
+    const I low = look_up128(kE4m3.low, raw);
+    const I high = and_or(raw, set1_i8(-128), look_up128(kE4m3.high, raw));
+    const I first = set1_i16(0xff);
+    return N == 0 ? and_or(low, first, _mm512_slli_epi16(high, 8))
+                  : or_i(_mm512_srli_epi16(low, 8), _mm512_andnot_si512(first, high));
+  }
+  // A table of 128 bytes, and what the lower seven bits of bytes look up in it.
+  static KT_INLINE I look_up128(const uint8_t* table, I bytes) {
+    return _mm512_permutex2var_epi8(load_i(table), bytes, load_i(table + 64));
+  }
+
   // Dot products of two bf16 weights with two bf16 activations, per 32-bit lane.
   static constexpr bool kBf16Dot = true;
   static KT_INLINE F dot_bf16(F acc, I w, I a) {
+#if defined(KT_ASM)
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(w), "v"(a));
+    return acc;
+#else
     return _mm512_dpbf16_ps(acc, std::bit_cast<__m512bh>(w), std::bit_cast<__m512bh>(a));
+#endif
   }
 #else
   static constexpr bool kBf16Dot = false;

@@ -30,7 +30,7 @@ const std::vector<Isa>& isas() {
        &avx512_vnni::table},
       {"avx512_bf16",
        "avx512",
-       {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16"},
+       {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512vbmi"},
        &avx512_bf16::table},
 #endif
   };

@@ -182,7 +182,9 @@ void pack_f8(const StoredMatrix& m, int64_t row0, int64_t rows, uint8_t* out) {
       bool nan = false;
       for (int64_t i = 0; i < kGroup; ++i) nan |= (codes[i] & 0x7f) == 0x7f;
       for (int64_t unit = 0; unit < kGroup / 4; ++unit) {
-        std::memcpy(group + unit * kUnitBytes + r * 4, codes + unit * 4, 4);
+        const uint8_t* from = codes + unit * 4;
+        const uint8_t lane[4] = {from[0], from[2], from[1], from[3]};
+        std::memcpy(group + unit * kUnitBytes + r * 4, lane, 4);
       }
       if (!nan) continue;
       // The kernels know no NaN codes: a NaN scale has the same effect on the sum.

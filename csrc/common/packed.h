@@ -8,7 +8,7 @@
 //
 //   bf16      unit = 2 columns
 //   f16, f32  columns of 32 numbers
-//   f8        unit = 4 columns of e4m3; scales as for codes
+//   f8        unit = 4 columns of e4m3, of which bytes 0 and 2, then 1 and 3 hold neighbours; scales as for codes
 //   int8      unit = 4 columns; at the end 32 float scales
 //   codesN    integers less a bias, N bits each: weight = scale * (code - bias) + offset. The codes of
 //             a group of 32 columns are N units. In a lane of 2 or 4 bits a column, byte j has columns

@@ -86,6 +86,45 @@ static KT_INLINE void store_sums(const typename S::F (&sum)[V][R], float* out, i
   }
 }
 
+template <class S, int V, int R>
+static KT_INLINE void clear_sums(typename S::F (&sum)[V][R]) {
+  KT_UNROLL
+  for (int v = 0; v < V; ++v) {
+    KT_UNROLL
+    for (int r = 0; r < R; ++r) sum[v][r] = S::zero();
+  }
+}
+// Adds the sums, or their multiples, to `out`.
+template <class S, int V, int R>
+static KT_INLINE void add_to(const typename S::F (&sum)[V][R], float* out, int v0) {
+  KT_UNROLL
+  for (int v = 0; v < V; ++v) {
+    KT_UNROLL
+    for (int r = 0; r < R; ++r) {
+      float* to = out + r * kBlockRows + (v0 + v) * S::kLanes;
+      S::store(to, S::add(sum[v][r], S::load(to)));
+    }
+  }
+}
+template <class S, int V, int R>
+static KT_INLINE void add_scaled(const typename S::F (&sum)[V][R], const typename S::F (&factor)[V],
+                                 float* out, int v0) {
+  KT_UNROLL
+  for (int v = 0; v < V; ++v) {
+    KT_UNROLL
+    for (int r = 0; r < R; ++r) {
+      float* to = out + r * kBlockRows + (v0 + v) * S::kLanes;
+      S::store(to, S::fma(sum[v][r], factor[v], S::load(to)));
+    }
+  }
+}
+
+// Groups of a piece of scaled floats: four, or as many of these as evenly share a scale.
+static inline int64_t piece_groups(const WeightLayout& layout) {
+  if (layout.span % 4 == 0) return 4;
+  return layout.span % 2 == 0 ? 2 : 1;
+}
+
 // Panels of 16-bit weights, for all integer formats, with kSets sets of scales a group: none, one, or
 // two for 16 columns each.
 template <class S, int kSets>
@@ -574,7 +613,7 @@ struct FromF8 {
   static constexpr bool kScaled = true;
   template <int I>
   static KT_INLINE typename S::F column(const uint8_t* from, int64_t row) {
-    return S::template e4m3<I>(S::load_i(from + row * 4));
+    return S::template e4m3<I % 2 * 2 + I / 2>(S::load_i(from + row * 4));
   }
 };
 
@@ -606,7 +645,7 @@ struct Floats {
         for (int64_t left = range.count; left > 0; left -= piece_groups, scale += kBlockRows) {
           const int64_t columns = (left < piece_groups ? left : piece_groups) * kGroup;
           F sum[V][R];
-          clear<V, R>(sum);
+          clear_sums<S>(sum);
           for (int64_t pair = 0; pair < columns / 2; ++pair, x += 2 * R) {
             if (v0 == 0 && pair % 16 == 0) ahead.step();
             KT_UNROLL
@@ -623,7 +662,11 @@ struct Floats {
           F factor[V];
           KT_UNROLL
           for (int v = 0; v < V; ++v) factor[v] = S::load(scale + v * S::kLanes);
-          finish_piece<V, R>(sum, factor, out + v0 * S::kLanes);
+          if constexpr (From::kScaled) {
+            add_scaled<S>(sum, factor, out, v0);
+          } else {
+            add_to<S>(sum, out, v0);
+          }
         }
       }
     }
@@ -633,13 +676,13 @@ struct Floats {
   KT_NOINLINE static void dot(const WeightLayout& layout, const uint8_t* block, Range range,
                               const uint8_t* tile, float* out, int64_t prefetch) {
     constexpr int V = vectors_at_once<S>(R, S::kFloatCells);
-    const int64_t step = piece_groups(layout), last = range.first + range.count;
+    const int64_t step = From::kScaled ? piece_groups(layout) : 4, last = range.first + range.count;
     Groups<S, 1> groups(layout, kGroupBytes, block);
     for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
       const auto* x = reinterpret_cast<const float*>(tile) + range.first * kGroup * R;
       for (int64_t first = range.first; first < last; first += step) {
         F sum[V][R], factor[V];
-        clear<V, R>(sum);
+        clear_sums<S>(sum);
         const uint8_t* w = block + first * kGroupBytes;
         if constexpr (From::kScaled) {
           w = groups.template begin<V>(first, v0);
@@ -654,7 +697,11 @@ struct Floats {
             x += From::kColumns * R;
           }
         }
-        finish_piece<V, R>(sum, factor, out + v0 * S::kLanes);
+        if constexpr (From::kScaled) {
+          add_scaled<S>(sum, factor, out, v0);
+        } else {
+          add_to<S>(sum, out, v0);
+        }
       }
     }
   }
@@ -663,7 +710,7 @@ struct Floats {
                                  Panel& panel) {
     constexpr int kVectors = static_cast<int>(kBlockRows) / S::kLanes;
     Groups<S, 1> groups(layout, kGroupBytes, block);
-    panel.piece_groups = piece_groups(layout);
+    panel.piece_groups = From::kScaled ? piece_groups(layout) : Panel::kGroups;
     float* to = panel.weights;
     for (int64_t g = 0; g < range.count; ++g) {
       const uint8_t* w = block + (range.first + g) * kGroupBytes;
@@ -684,21 +731,6 @@ struct Floats {
   static KT_INLINE void finish(const uint8_t*, int64_t, float*, int64_t) {}
 
  private:
-  // Groups of a piece: a panel's, or as many of these as evenly share a scale.
-  static int64_t piece_groups(const WeightLayout& layout) {
-    if (!From::kScaled || layout.span % 4 == 0) return 4;
-    return layout.span % 2 == 0 ? 2 : 1;
-  }
-
-  template <int V, int R>
-  static KT_INLINE void clear(F (&sum)[V][R]) {
-    KT_UNROLL
-    for (int v = 0; v < V; ++v) {
-      KT_UNROLL
-      for (int r = 0; r < R; ++r) sum[v][r] = S::zero();
-    }
-  }
-
   // `x` is the first row's value; those of a row lie in pairs.
   template <int V, int R>
   static KT_INLINE void add_column(F (&sum)[V][R], const F (&weight)[V], const float* x) {
@@ -731,68 +763,110 @@ struct Floats {
       (S::store(to + I * kBlockRows + row, From::template column<I>(w, row)), ...);
     }
   }
+};
 
-  template <int V, int R>
-  static KT_INLINE void finish_piece(const F (&sum)[V][R], const F (&factor)[V], float* out) {
-    KT_UNROLL
-    for (int v = 0; v < V; ++v) {
-      KT_UNROLL
-      for (int r = 0; r < R; ++r) {
-        float* to = out + r * kBlockRows + v * S::kLanes;
-        if constexpr (From::kScaled) {
-          S::store(to, S::fma(sum[v][r], factor[v], S::load(to)));
-        } else {
-          S::store(to, S::add(sum[v][r], S::load(to)));
-        }
-      }
-    }
+// Where bf16 weights for dot-product instructions come from: kPairs pairs of columns at a time from a unit.
+// `pair<I>` is rows [row, row + kLanes) of one of them.
+
+template <class S>
+struct PairsFromBf16 {
+  static constexpr int kPairs = 1;
+  static constexpr bool kScaled = false;
+  template <int I>
+  static KT_INLINE typename S::I pair(const uint8_t* from, int64_t row) {
+    return S::load_i(from + row * 4);
   }
 };
 
-// bf16 weights for dot-product instructions, which take the packed block as it is.
 template <class S>
+struct PairsFromF8 {
+  static constexpr int kPairs = 2;
+  static constexpr bool kScaled = true;
+  template <int I>
+  static KT_INLINE typename S::I pair(const uint8_t* from, int64_t row) {
+    return S::template e4m3_pair<I>(S::load_i(from + row * 4));
+  }
+};
+
+// Dot products of bf16, always with the packed block: that is a panel itself, or costs 3.5 operations to widen
+// for each vector, beside a tile's 12 dot products. Sums of scaled weights run over pieces, as in Floats.
+template <class S, class From>
 struct Bf16Pairs {
   using Codec = Bf16Codec<S>;
   static constexpr int kMaxRows = S::kFloatRows;
   static constexpr int kPlanes = 1, kExactPlanes = 2;
   static constexpr int kDirectTiles = std::numeric_limits<int>::max();
+  static constexpr int64_t kGroupBytes = kGroup / 2 / From::kPairs * kUnitBytes;
 
   template <int R>
-  KT_NOINLINE static void dot(const WeightLayout&, const uint8_t* block, Range range,
+  KT_NOINLINE static void dot(const WeightLayout& layout, const uint8_t* block, Range range,
                               const uint8_t* tile, float* out, int64_t prefetch) {
     constexpr int V = vectors_at_once<S>(R, S::kFloatCells);
-    const int64_t first = range.first * (kGroup / 2);
+    const int64_t step = From::kScaled ? piece_groups(layout) : range.count;
+    const int64_t last = range.first + range.count;
+    Groups<S, 1> groups(layout, kGroupBytes, block);
     for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
-      const uint8_t* w = block + first * kUnitBytes + v0 * S::kLanes * 4;
-      typename S::F acc[V][R];
-      load_sums<S>(acc, out, v0);
-      const uint8_t* a = tile + first * R * 4;
-      for (int64_t pair = 0; pair < range.count * (kGroup / 2); ++pair) {
-        typename S::I weight[V];
-        KT_UNROLL
-        for (int v = 0; v < V; ++v) {
-          const uint8_t* p = w + v * S::kLanes * 4;
-          S::prefetch(p + prefetch);
-          weight[v] = S::load_i(p);
-        }
-        KT_UNROLL
-        for (int r = 0; r < R; ++r) {
-          const typename S::I x = S::broadcast4(a + r * 4);
+      const uint8_t* x = tile + range.first * (kGroup / 2) * Codec::kPairBytes * R;
+      for (int64_t first = range.first; first < last; first += step) {
+        const int64_t count = last - first < step ? last - first : step;
+        const uint8_t* w = block + first * kGroupBytes;
+        typename S::F sum[V][R], factor[V];
+        if constexpr (From::kScaled) {
+          clear_sums<S>(sum);
+          w = groups.template begin<V>(first, v0);
           KT_UNROLL
-          for (int v = 0; v < V; ++v) acc[v][r] = S::dot_bf16(acc[v][r], weight[v], x);
+          for (int v = 0; v < V; ++v) factor[v] = groups.outer(0, v0 + v);
+        } else {
+          load_sums<S>(sum, out, v0);
         }
-        a += R * 4;
-        w += kUnitBytes;
+        for (int64_t g = 0; g < count; ++g) {
+          for (int64_t at = 0; at < kGroupBytes; at += kUnitBytes, w += kUnitBytes) {
+            add_pairs<V, R>(sum, w, v0, x, prefetch, AllPairs());
+            x += From::kPairs * Codec::kPairBytes * R;
+          }
+        }
+        if constexpr (From::kScaled) {
+          add_scaled<S>(sum, factor, out, v0);
+        } else {
+          store_sums<S>(sum, out, v0);
+        }
       }
-      store_sums<S>(acc, out, v0);
     }
   }
 
   static KT_INLINE void finish(const uint8_t*, int64_t, float*, int64_t) {}
+
+ private:
+  using AllPairs = std::make_integer_sequence<int, From::kPairs>;
+
+  template <int V, int R, int... I>
+  static KT_INLINE void add_pairs(typename S::F (&sum)[V][R], const uint8_t* w, int v0,
+                                  const uint8_t* x, int64_t prefetch,
+                                  std::integer_sequence<int, I...>) {
+    KT_UNROLL
+    for (int v = v0; v < v0 + V; ++v) S::prefetch(w + v * S::kLanes * 4 + prefetch);
+    (add_pair<I, V, R>(sum, w, v0, x + I * Codec::kPairBytes * R), ...);
+  }
+  template <int I, int V, int R>
+  static KT_INLINE void add_pair(typename S::F (&sum)[V][R], const uint8_t* w, int v0,
+                                 const uint8_t* x) {
+    typename S::I weight[V];
+    KT_UNROLL
+    for (int v = 0; v < V; ++v) weight[v] = From::template pair<I>(w, (v0 + v) * S::kLanes);
+    KT_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const typename S::I value = S::broadcast4(x + r * Codec::kPairBytes);
+      KT_UNROLL
+      for (int v = 0; v < V; ++v) sum[v][r] = S::dot_bf16(sum[v][r], weight[v], value);
+    }
+  }
 };
 
 template <class S>
-using Bf16 = std::conditional_t<S::kBf16Dot, Bf16Pairs<S>, Floats<S, FromBf16<S>>>;
+using Bf16 =
+    std::conditional_t<S::kBf16Dot, Bf16Pairs<S, PairsFromBf16<S>>, Floats<S, FromBf16<S>>>;
+template <class S>
+using F8 = std::conditional_t<S::kBf16Dot, Bf16Pairs<S, PairsFromF8<S>>, Floats<S, FromF8<S>>>;
 
 // Calls dot<R> for a run-time R.
 template <class Format, int R = Format::kMaxRows>

@@ -63,7 +63,7 @@ extern const KernelTable table;
 const KernelTable table = {
     KTCORE_STRING(KTCORE_ISA),
     {kernels_of<Bf16<Simd>>(), kernels_of<Floats<Simd, FromF16<Simd>>>(),
-     kernels_of<Floats<Simd, FromF32<Simd>>>(), kernels_of<Floats<Simd, FromF8<Simd>>>(),
+     kernels_of<Floats<Simd, FromF32<Simd>>>(), kernels_of<F8<Simd>>(),
      kernels_of<Int8Channel<Simd>>(), kernels_of<Coded<Simd, 2, false, 1>>(),
      kernels_of<Coded<Simd, 2, false, 2>>(), kernels_of<Coded<Simd, 3, false, 1>>(),
      kernels_of<Coded<Simd, 3, false, 2>>(), kernels_of<Coded<Simd, 4, false, 1>>(),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ktcore.dispatch import probe, registry
-from ktcore.formats import get_format
+from ktcore.formats import Format, get_format
 from ktcore.weights import ExpertWeights, QuantTensor
 
 
@@ -211,8 +211,10 @@ def shut_experts(format: str, hidden_size: int, intermediate_size: int) -> Exper
     return ExpertWeights.from_dense(gate, up, down, format)
 
 
-def rounds_to_bf16(backend: str) -> bool:
-    """Whether a backend's `moe` multiplies bf16 weights by activations rounded to bf16."""
+def rounds_to_bf16(backend: str, format: str | Format = "bf16") -> bool:
+    """Whether a backend's `moe` multiplies a format's weights by activations rounded to bf16."""
+    if get_format(format).name not in ("bf16", "fp8_e4m3", "fp8_e4m3_b128", "mxfp8"):
+        return False
     machine = probe.machine()
     details = (i.detail(machine) for i in registry.implementations(backend) if i.op == "moe")
     return any("bf16" in detail for detail in details)
