@@ -23,6 +23,8 @@ sys.path.append(str(ROOT / "examples"))
 
 import format_table  # noqa: E402
 
+from ktcore.formats import get_format  # noqa: E402
+
 PAGE = ROOT / "docs" / "peers.md"
 RESULTS = ROOT / "docs" / "benchmarks"
 BEGIN, END = "<!-- tables: examples/peer_table.py -->", "<!-- end of tables -->"
@@ -61,6 +63,36 @@ def share(cell: dict[str, Any]) -> str:
     return f"{of[1]['median']:.0%} of {of[0]}"
 
 
+def goals(format: str, tokens: int) -> tuple[float, float]:
+    """The share of the nearer limit, and how far ahead of the fastest other, that we want to be."""
+    quantised = get_format(format).arithmetic != "bf16"
+    if tokens == 1:
+        if format.startswith(("iq1", "iq2", "iq3")):
+            return 0.60, 1.0
+        return 0.80 if format in ("q2_k", "q3_k", "q5_k", "iq4_xs") else 0.92, 1.0
+    if tokens <= 64:
+        return 0.85, 1.5
+    return 0.85 if format == "bf16" else 0.75, 1.5 if quantised else 1.0
+
+
+def short(cell: dict[str, Any], lead: dict[str, Any] | None) -> str:
+    """Why a cell misses its goals, in letters that docs/peers.md explains; "" if it does not."""
+    share, ahead = goals(cell["format"], cell["tokens"])
+    fractions = [cell[f"{limit}_fraction"] for limit in ("read", "peak")]
+    if None in fractions:
+        return ""
+    by_read, by_peak = (fraction["median"] for fraction in fractions)
+    quantised = get_format(cell["format"]).arithmetic != "bf16"
+    if by_read >= by_peak:
+        reason = "a" if cell["tokens"] == 1 else "b"
+    else:
+        reason = "c" if quantised else "d"
+    letters = [reason] if round(max(by_read, by_peak), 2) < share else []
+    if lead is not None and round(lead["ratio"], 2) < ahead:
+        letters.append("e" if by_read >= by_peak else reason)
+    return " ".join(dict.fromkeys(letters))
+
+
 def error(cell: dict[str, Any]) -> str:
     return "—" if cell["relative_error"] is None else f"{cell['relative_error']:.2%}"
 
@@ -69,13 +101,15 @@ def table(run: Run) -> list[str]:
     cells, settings = measured(run), run["settings"]
     peers = [name for name in settings["peers"] if any(name == who for *_, who in cells)]
     ahead = {(lead["format"], lead["tokens"]): lead for lead in run["ahead"]}
-    head = ["format", "tokens", "ktcore, ms", "limit", "ahead", *(f"{p}, ms" for p in peers)]
+    head = ["format", "tokens", "ktcore, ms", "limit", "ahead", "goals", "short"]
+    head += [f"{p}, ms" for p in peers]
     lines = [format_table.line(head), format_table.line(["---", *["---:"] * (len(head) - 1)])]
     for format in settings["formats"]:
         for tokens in settings["tokens"]:
             own = cells.get((format, tokens, OURS))
             lead = ahead.get((format, tokens))
             theirs = [cells.get((format, tokens, peer)) for peer in peers]
+            limit, ratio = goals(format, tokens)
             lines.append(
                 format_table.line(
                     [
@@ -84,6 +118,8 @@ def table(run: Run) -> list[str]:
                         "—" if own is None else number(own["ms"]["median"]),
                         "—" if own is None else share(own),
                         "—" if lead is None else f"{lead['ratio']:.2f}",
+                        f"{limit:.0%}, {ratio}",
+                        "" if own is None else short(own, lead),
                         *("" if c is None else number(c["ms"]["median"]) for c in theirs),
                     ]
                 )

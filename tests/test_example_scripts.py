@@ -179,6 +179,29 @@ def test_what_does_not_fit_is_refused_beforehand(small, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------ tables of others
 
 
+@pytest.mark.parametrize(
+    ("format", "tokens", "read", "peak", "ahead", "letters"),
+    [
+        ("int4_g32", 1, 0.92, 0.01, 1.0, ""),
+        ("int4_g32", 1, 0.91, 0.01, 0.99, "a e"),
+        ("q5_k", 1, 0.80, 0.01, 1.2, ""),
+        ("iq2_xs", 1, 0.59, 0.01, 1.2, "a"),
+        ("int8", 16, 0.85, 0.2, 1.49, "e"),
+        ("int8", 64, 0.6, 0.2, None, "b"),
+        ("int8", 512, 0.02, 0.74, 1.6, "c"),
+        ("int8", 512, 0.02, 0.74, 1.4, "c"),
+        ("fp8_e4m3", 512, 0.02, 0.75, None, ""),
+        ("bf16", 512, 0.02, 0.8, 1.4, "d"),
+    ],
+)
+def test_a_missed_goal_has_a_reason(format, tokens, read, peak, ahead, letters):
+    cell = {"format": format, "tokens": tokens}
+    cell |= {"read_fraction": {"median": read}, "peak_fraction": {"median": peak}}
+    lead = None if ahead is None else {"ratio": ahead}
+    assert peer_table.short(cell, lead) == letters
+    assert peer_table.short(cell | {"read_fraction": None}, lead) == ""
+
+
 def test_the_table_of_peers_says_what_a_benchmark_found(tmp_path):
     settings = Settings(
         Shape(64, 32, 8, 2), tokens=(1, 5), seconds=20, backends=("reference",),
@@ -195,6 +218,7 @@ def test_the_table_of_peers_says_what_a_benchmark_found(tmp_path):
     (first, second) = report.leads(bench.cells)
     assert f" {first.ratio:.2f} |" in text and f" {second.ratio:.2f} |" in text
     assert "benchmarks/peers-here.png" in text
+    assert "| 92%, 1.0 |" in text and "| 85%, 1.5 |" in text
     peer_table.plot(tmp_path / "peers-here.png", run)
     assert (tmp_path / "peers-here.png").stat().st_size > 1000
 

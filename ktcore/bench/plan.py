@@ -19,6 +19,11 @@ CACHES = 4
 LEAST_ROTATION = 128 << 20
 MOST_ROTATION = 1 << 30
 
+# What a peer takes, in stored weights: some keep what they were given beside a form of their own,
+# and while a layer is handed over there are codes as integers, a file, and copies of these.
+PEER_COPIES = 2
+PEER_PASSING = 6
+
 
 class DoesNotFit(ValueError):
     """The weights do not fit in memory; the message says what they take."""
@@ -36,7 +41,7 @@ class Storage:
 
     @property
     def copies(self) -> int:
-        return int(self.stored) + int(self.packed) + self.peers
+        return int(self.stored) + int(self.packed) + PEER_COPIES * self.peers
 
 
 @dataclass(frozen=True)
@@ -103,8 +108,11 @@ def make_plan(
         resident = sum(
             layers[name] * count * unit_bytes(name) * kind.copies for name, kind in storage.items()
         )
-        # While a layer is packed or handed over, its stored form exists as well.
-        passing = [unit_bytes(n) for n, k in storage.items() if not k.stored]
+        # While a layer is packed or handed over, other forms exist as well.
+        passing = [
+            unit_bytes(n) * (PEER_PASSING if k.peers else int(not k.stored))
+            for n, k in storage.items()
+        ]
         return resident + count * max(passing, default=0)
 
     full = {n: max(1, math.ceil(rotation / (experts * unit_bytes(n)))) for n in storage}
