@@ -217,7 +217,7 @@ def test_large_weights_are_spread_over_nodes(nodes, spread):
         env=environment, check=True, capture_output=True, text=True,
     ).stdout  # fmt: skip
     if spread is None:  # as the machine is
-        spread = len(_native.ext.allowed_nodes()) > 1
+        spread = len(_native.ext.get_memory_nodes()) > 1
     assert ("interleave" in out) == spread
 
 

@@ -297,6 +297,47 @@ def test_a_process_that_has_computed_exits():
     _script(PRELUDE + "    print('end')")
 
 
+@pytest.mark.parametrize(("end", "daemon"), [("sys.exit(0)", False), ("os._exit(0)", True)])
+def test_exit_while_threads_compute(end, daemon):
+    """The main thread goes while others are in calls. (Daemon threads that the interpreter ends in a
+    call of torch's make torch abort the process, whoever computes.)"""
+    _script(
+        PRELUDE
+        + f"""
+    import threading
+    def busy():
+        for _ in range(300):
+            call()
+    for _ in range(3):
+        threading.Thread(target=busy, daemon={daemon}).start()
+    time.sleep(0.02)
+    {end}
+    """
+    )
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_workers_of_a_data_loader_compute():
+    out = _script(
+        PRELUDE
+        + """
+    from torch.utils.data import DataLoader, Dataset
+    class Layers(Dataset):
+        def __len__(self):
+            return 8
+        def __getitem__(self, index):
+            return call()
+    loader = DataLoader(Layers(), batch_size=2, num_workers=2, multiprocessing_context="fork")
+    for _ in range(2):
+        for batch in loader:
+            assert all(torch.equal(one, want) for one in batch)
+            assert torch.equal(call(), want)
+    print("end")
+    """
+    )
+    assert out.strip() == "end"
+
+
 @pytest.mark.parametrize("threads", [0, -1, 1.5, "2", None, True])
 def test_nonsense_is_no_thread_count(threads):
     before = ktcore.get_num_threads()

@@ -15,19 +15,6 @@
 namespace ktcore {
 namespace {
 
-struct Nodes {
-  std::mutex mutex;
-  std::vector<int> spread;
-  Nodes() {
-    auto allowed = allowed_nodes();
-    if (allowed.size() > 1) spread = std::move(allowed);
-  }
-};
-Nodes& nodes() {
-  static Nodes* const instance = new Nodes;  // leaked: buffers may be made while a process exits
-  return *instance;
-}
-
 #if defined(__linux__)
 // From linux/mempolicy.h. Called without libnuma, which few machines have installed.
 constexpr int kPreferred = 1, kInterleave = 3, kMemsAllowed = 4;
@@ -43,7 +30,53 @@ void set_policy(void* data, size_t bytes, int policy, const std::vector<int>& of
   }
   if (any) syscall(SYS_mbind, data, bytes, policy, mask, kMaxNodes + 1, 0);
 }
+
+// The CPUs of a node that the calling thread may use; false if there are none, or none are known.
+bool usable_cpus(int node, cpu_set_t& cpus) {
+  CPU_ZERO(&cpus);
+  cpu_set_t allowed;
+  if (node < 0 || sched_getaffinity(0, sizeof(allowed), &allowed) != 0) return false;
+  const std::string path = "/sys/devices/system/node/node" + std::to_string(node) + "/cpulist";
+  std::FILE* file = std::fopen(path.c_str(), "r");
+  if (file == nullptr) return false;
+  for (int first; std::fscanf(file, "%d", &first) == 1;) {  // "0-15,32-47"
+    int last = first, next = std::fgetc(file);
+    if (next == '-' && std::fscanf(file, "%d", &last) == 1) next = std::fgetc(file);
+    for (int cpu = first; cpu <= last && cpu < CPU_SETSIZE; ++cpu) {
+      if (CPU_ISSET(cpu, &allowed)) CPU_SET(cpu, &cpus);
+    }
+    if (next != ',') break;
+  }
+  std::fclose(file);
+  return CPU_COUNT(&cpus) > 0;
+}
 #endif
+
+// Those allowed whose CPUs the process may use as well: who keeps it on one node wants its memory.
+std::vector<int> usable_nodes() {
+  std::vector<int> out;
+  for (const int node : allowed_nodes()) {
+#if defined(__linux__)
+    cpu_set_t cpus;
+    if (!usable_cpus(node, cpus)) continue;
+#endif
+    out.push_back(node);
+  }
+  return out;
+}
+
+struct Nodes {
+  std::mutex mutex;
+  std::vector<int> spread;
+  Nodes() {
+    auto usable = usable_nodes();
+    if (usable.size() > 1) spread = std::move(usable);
+  }
+};
+Nodes& nodes() {
+  static Nodes* const instance = new Nodes;  // leaked: buffers may be made while a process exits
+  return *instance;
+}
 
 }  // namespace
 
@@ -87,26 +120,8 @@ void place([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes, [[maybe_u
 
 void stay_on_node([[maybe_unused]] int node) {
 #if defined(__linux__)
-  if (node < 0) return;
-  const std::string path = "/sys/devices/system/node/node" + std::to_string(node) + "/cpulist";
-  std::FILE* file = std::fopen(path.c_str(), "r");
-  if (file == nullptr) return;
-  cpu_set_t allowed, wanted;
-  CPU_ZERO(&wanted);
-  const bool known = sched_getaffinity(0, sizeof(allowed), &allowed) == 0;
-  int count = 0;
-  for (int first; std::fscanf(file, "%d", &first) == 1; std::fgetc(file)) {  // "0-15,32-47"
-    int last = first, next = std::fgetc(file);
-    if (next == '-' && std::fscanf(file, "%d", &last) == 1) next = std::fgetc(file);
-    if (next != EOF) std::ungetc(next, file);
-    for (int cpu = first; cpu <= last && cpu < CPU_SETSIZE; ++cpu) {
-      if (!known || !CPU_ISSET(cpu, &allowed)) continue;
-      CPU_SET(cpu, &wanted);
-      ++count;
-    }
-  }
-  std::fclose(file);
-  if (count > 0) sched_setaffinity(0, sizeof(wanted), &wanted);
+  cpu_set_t cpus;
+  if (usable_cpus(node, cpus)) sched_setaffinity(0, sizeof(cpus), &cpus);
 #endif
 }
 

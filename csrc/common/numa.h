@@ -11,7 +11,7 @@ std::vector<int> allowed_nodes();
 
 // The nodes over which weights are cut, large buffers spread and threads shared out from now on; fewer
 // than two: none is. A number below zero is a node that is only pretended, to see that results are the
-// same. At first `allowed_nodes` if there are several.
+// same. At first those allowed whose CPUs this process may use, if there are several.
 void set_memory_nodes(std::vector<int> nodes);
 std::vector<int> memory_nodes();
 

@@ -31,10 +31,11 @@ struct KvBf16 {
 
 static constexpr float kNone = -std::numeric_limits<float>::infinity();
 
-// out [R][positions of a page] = q [R][size] times a page's keys [size][positions].
+// out [R][positions of a page] = q [R][size] times a page's keys [size][positions]. The next page's
+// keys, `ahead` elements on, are asked for meanwhile: processors do not foresee where it lies.
 template <class S, class E, int R>
 KT_NOINLINE static void score_rows(const float* q, int64_t size, const typename E::T* keys,
-                                   float* out) {
+                                   int64_t ahead, float* out) {
   constexpr int V = vectors_at_once<S>(R, S::kFloatCells);
   for (int v0 = 0; v0 < static_cast<int>(kPagePositions) / S::kLanes; v0 += V) {
     const typename E::T* k = keys + v0 * S::kLanes;
@@ -48,6 +49,7 @@ KT_NOINLINE static void score_rows(const float* q, int64_t size, const typename 
       typename S::F key[V];
       KT_UNROLL
       for (int v = 0; v < V; ++v) {
+        S::prefetch(reinterpret_cast<const uint8_t*>(k + v * S::kLanes + ahead));
         key[v] = E::load(k + v * S::kLanes);
         if constexpr (R > 1) KT_IN_REGISTER(key[v]);
       }
@@ -62,10 +64,11 @@ KT_NOINLINE static void score_rows(const float* q, int64_t size, const typename 
   }
 }
 
-// acc [R][...] += p [R][positions of a page] times `count` positions of 32 columns of values.
+// acc [R][...] += p [R][positions of a page] times `count` positions of 32 columns of values; `ahead` as
+// above.
 template <class S, class E, int R>
 KT_NOINLINE static void mix_rows(const float* p, const typename E::T* values, int64_t stride,
-                                 int64_t count, float* acc, int64_t acc_stride) {
+                                 int64_t count, int64_t ahead, float* acc, int64_t acc_stride) {
   constexpr int V = vectors_at_once<S>(R, S::kFloatCells);
   for (int v0 = 0; v0 < static_cast<int>(kGroup) / S::kLanes; v0 += V) {
     const typename E::T* from = values + v0 * S::kLanes;
@@ -79,6 +82,7 @@ KT_NOINLINE static void mix_rows(const float* p, const typename E::T* values, in
       typename S::F value[V];
       KT_UNROLL
       for (int v = 0; v < V; ++v) {
+        S::prefetch(reinterpret_cast<const uint8_t*>(from + v * S::kLanes + ahead));
         value[v] = E::load(from + v * S::kLanes);
         if constexpr (R > 1) KT_IN_REGISTER(value[v]);
       }
@@ -239,18 +243,18 @@ struct Attend {
     }
   }
 
-  void mix(const Mixed& sum, int64_t first, int64_t end, const typename E::T* values,
-           int64_t count) const {
+  void mix(const Mixed& sum, int64_t first, int64_t end, const typename E::T* values, int64_t count,
+           int64_t ahead) const {
     const int64_t size = job.pages.value_size, stride = acc_stride(job.pages);
     const int64_t whole = size / kGroup * kGroup;
     by_rows<S>(first, end, [&](int64_t r, auto n) {
       const float* p = scores + r * kPagePositions;
       for (int64_t c = 0; c < whole; c += kGroup) {
-        mix_rows<S, E, decltype(n)::value>(p, values + c, value_row(), count,
+        mix_rows<S, E, decltype(n)::value>(p, values + c, value_row(), count, ahead,
                                            sum.acc + r * stride + c, stride);
       }
       if (whole < size) {
-        mix_rows<S, KvF32<S>, decltype(n)::value>(p, tail, kGroup, count,
+        mix_rows<S, KvF32<S>, decltype(n)::value>(p, tail, kGroup, count, 0,
                                                   sum.acc + r * stride + whole, stride);
       }
     });
@@ -281,6 +285,8 @@ struct Attend {
     for (; begin < end; begin += kPagePositions) {
       while (seen(first) <= begin) ++first;
       const int64_t page = table[begin / kPagePositions];
+      const bool last = begin + kPagePositions >= end;
+      const int64_t pages_on = last ? 0 : table[begin / kPagePositions + 1] - page;
       const auto* keys = static_cast<const typename E::T*>(pages.keys) + page * pages.key_stride +
                          tile.kv_head * pages.key_size * kPagePositions;
       const auto* values = static_cast<const typename E::T*>(pages.values) +
@@ -288,8 +294,9 @@ struct Attend {
                            tile.kv_head * pages.value_size * kPagePositions;
       const auto score = [&]<class K>(const typename K::T* columns) {
         by_rows<S>(first, tile.rows, [&](int64_t r, auto n) {
-          score_rows<S, K, decltype(n)::value>(q + r * pages.key_size, pages.key_size, columns,
-                                               scores + r * kPagePositions);
+          score_rows<S, K, decltype(n)::value>(
+              q + r * pages.key_size, pages.key_size, columns,
+              std::is_same_v<K, E> ? pages_on * pages.key_stride : 0, scores + r * kPagePositions);
         });
       };
       if (pages.latent) {
@@ -307,7 +314,7 @@ struct Attend {
       for (int64_t r = first; r < tile.rows;) {  // no row touches what it does not see
         int64_t next = r + 1;
         while (next < tile.rows && count(next) == count(r)) ++next;
-        mix(sum, r, next, values, count(r));
+        mix(sum, r, next, values, count(r), pages_on * pages.value_stride);
         r = next;
       }
     }

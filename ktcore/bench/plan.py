@@ -19,10 +19,9 @@ CACHES = 4
 LEAST_ROTATION = 128 << 20
 MOST_ROTATION = 1 << 30
 
-# What a peer takes, in stored weights: some keep what they were given beside a form of their own,
-# and while a layer is handed over there are codes as integers, a file, and copies of these.
-PEER_COPIES = 2
-PEER_PASSING = 6
+# Stored forms that exist while a layer is handed to a peer: a file, copies, what it makes of them.
+# (As many again find room in the half of memory that is no budget.)
+PEER_PASSING = 2
 
 
 class DoesNotFit(ValueError):
@@ -41,7 +40,7 @@ class Storage:
 
     @property
     def copies(self) -> int:
-        return int(self.stored) + int(self.packed) + PEER_COPIES * self.peers
+        return int(self.stored) + int(self.packed) + self.peers
 
 
 @dataclass(frozen=True)

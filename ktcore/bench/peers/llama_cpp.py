@@ -52,11 +52,16 @@ def as_blocks(weight: QuantTensor) -> Tensor:
     scales = stored.scales.to(torch.float16)
     if not torch.equal(scales.float(), stored.scales):
         raise ValueError(f"{weight.format.name}: scales beyond float16, which llama.cpp stores")
-    codes = stored.levels[stored.codes.int()].unflatten(-1, (-1, 32))
-    if weight.format.name == "int4_g32":
-        first, second = (codes + 8).view(torch.uint8).chunk(2, dim=-1)
-        codes = first | second << 4
-    return torch.cat((scales[..., None].view(torch.uint8), codes.view(torch.uint8)), dim=-1)
+    experts = []
+    for expert, of in zip(stored.codes, scales, strict=True):  # indices are integers of four bytes
+        codes = stored.levels[expert.int()].unflatten(-1, (-1, 32))
+        if weight.format.name == "int4_g32":
+            first, second = (codes + 8).view(torch.uint8).chunk(2, dim=-1)
+            codes = first | second << 4
+        experts.append(
+            torch.cat((of[..., None].view(torch.uint8), codes.view(torch.uint8)), dim=-1)
+        )
+    return torch.stack(experts)
 
 
 class LlamaCpp(Peer):

@@ -79,11 +79,12 @@ class QMoE(Session):
         """Codes and scales as the operator takes them: unsigned, in the middle of their range."""
         stored = weight.format.codes(weight.parts, weight.shape)
         assert isinstance(stored, Codes) and isinstance(stored.codes, Tensor)
-        middle = 1 << (self.bits - 1)
-        codes = (stored.levels.to(torch.int16) + middle).to(torch.uint8)[stored.codes.int()]
-        if self.bits == 4:
-            codes = codes[..., ::2] | codes[..., 1::2] << 4
-        return codes, stored.scales
+        levels = (stored.levels.to(torch.int16) + (1 << (self.bits - 1))).to(torch.uint8)
+        experts = []
+        for expert in stored.codes:  # one at a time: indices are integers of four bytes
+            codes = levels[expert.int()]
+            experts.append(codes if self.bits == 8 else codes[..., ::2] | codes[..., 1::2] << 4)
+        return torch.stack(experts), stored.scales
 
     def run(self, call: Call) -> Timed:
         x, ids, topk_weights = call.inputs
