@@ -299,8 +299,8 @@ def test_a_process_that_has_computed_exits():
 
 @pytest.mark.parametrize(("end", "daemon"), [("sys.exit(0)", False), ("os._exit(0)", True)])
 def test_exit_while_threads_compute(end, daemon):
-    """The main thread goes while others are in calls. (Daemon threads that the interpreter ends in a
-    call of torch's make torch abort the process, whoever computes.)"""
+    """The main thread goes while others are in calls. (Daemon threads that the interpreter ends in
+    an operator of torch make torch abort the process, whoever computes.)"""
     _script(
         PRELUDE
         + f"""
