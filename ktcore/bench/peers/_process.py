@@ -18,6 +18,7 @@ import struct
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ class Process(Session):
     ):
         self.hidden_size, self.stored = shape.hidden_size, stored
         sizes = (shape.hidden_size, shape.intermediate_size, shape.num_experts, shape.top_k)
-        self.name = str(command[0])
+        self.name = Path(str(command[0])).name
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `close`)
         self.process = subprocess.Popen(
             [str(part) for part in (*command, *sizes)],
