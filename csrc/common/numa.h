@@ -9,8 +9,8 @@ namespace ktcore {
 // The nodes whose memory this process may use; {0} where the system does not say.
 std::vector<int> allowed_nodes();
 
-// The nodes over which weights are cut, large buffers spread and threads shared out from now on; fewer
-// than two: none is. A number below zero is a node that is only pretended, to see that results are the
+// The nodes over which large buffers are spread from now on and, if there are several, weights cut and
+// threads shared out; none: all is left to the system. A number below zero is a node that is only pretended, to see that results are the
 // same. At first those allowed whose CPUs this process may use, if there are several.
 void set_memory_nodes(std::vector<int> nodes);
 std::vector<int> memory_nodes();

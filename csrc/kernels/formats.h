@@ -94,27 +94,20 @@ static KT_INLINE void clear_sums(typename S::F (&sum)[V][R]) {
     for (int r = 0; r < R; ++r) sum[v][r] = S::zero();
   }
 }
-// Adds the sums, or their multiples, to `out`.
-template <class S, int V, int R>
-static KT_INLINE void add_to(const typename S::F (&sum)[V][R], float* out, int v0) {
+// Adds a piece's sums to `out`: their multiples, where they are of scaled weights.
+template <class S, bool kScaled, int V, int R>
+static KT_INLINE void add_piece(const typename S::F (&sum)[V][R], const typename S::F (&factor)[V],
+                                float* out, int v0) {
   KT_UNROLL
   for (int v = 0; v < V; ++v) {
     KT_UNROLL
     for (int r = 0; r < R; ++r) {
       float* to = out + r * kBlockRows + (v0 + v) * S::kLanes;
-      S::store(to, S::add(sum[v][r], S::load(to)));
-    }
-  }
-}
-template <class S, int V, int R>
-static KT_INLINE void add_scaled(const typename S::F (&sum)[V][R], const typename S::F (&factor)[V],
-                                 float* out, int v0) {
-  KT_UNROLL
-  for (int v = 0; v < V; ++v) {
-    KT_UNROLL
-    for (int r = 0; r < R; ++r) {
-      float* to = out + r * kBlockRows + (v0 + v) * S::kLanes;
-      S::store(to, S::fma(sum[v][r], factor[v], S::load(to)));
+      if constexpr (kScaled) {
+        S::store(to, S::fma(sum[v][r], factor[v], S::load(to)));
+      } else {
+        S::store(to, S::add(sum[v][r], S::load(to)));
+      }
     }
   }
 }
@@ -664,11 +657,7 @@ struct Floats {
           F factor[V];
           KT_UNROLL
           for (int v = 0; v < V; ++v) factor[v] = S::load(scale + v * S::kLanes);
-          if constexpr (From::kScaled) {
-            add_scaled<S>(sum, factor, out, v0);
-          } else {
-            add_to<S>(sum, out, v0);
-          }
+          add_piece<S, From::kScaled>(sum, factor, out, v0);
         }
       }
     }
@@ -699,11 +688,7 @@ struct Floats {
             x += From::kColumns * R;
           }
         }
-        if constexpr (From::kScaled) {
-          add_scaled<S>(sum, factor, out, v0);
-        } else {
-          add_to<S>(sum, out, v0);
-        }
+        add_piece<S, From::kScaled>(sum, factor, out, v0);
       }
     }
   }
@@ -828,7 +813,7 @@ struct Bf16Pairs {
           }
         }
         if constexpr (From::kScaled) {
-          add_scaled<S>(sum, factor, out, v0);
+          add_piece<S, true>(sum, factor, out, v0);
         } else {
           store_sums<S>(sum, out, v0);
         }
