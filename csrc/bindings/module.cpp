@@ -269,7 +269,6 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("get_num_threads", &default_pool_size);
   m.def("set_prefetch_bytes", &set_prefetch_bytes);
-  m.def("get_prefetch_bytes", &prefetch_bytes);
   m.def("allowed_nodes", &allowed_nodes, "NUMA nodes whose memory this process may use.");
   m.def("set_memory_nodes", &set_memory_nodes);
   m.def("get_memory_nodes", &memory_nodes, "NUMA nodes over which packed weights are spread.");

@@ -79,8 +79,18 @@ std::vector<CpuFeature> detect() {
   };
 }
 
+// Family 25 is Zen 3 and Zen 4, which of the two alone has AVX-512.
+bool detect_zen4() {
+  const Regs vendor = cpuid(0, 0), l1 = cpuid(1, 0), l7 = cpuid(7, 0);
+  const bool amd =
+      vendor.r[EBX] == 0x68747541 && vendor.r[EDX] == 0x69746e65 && vendor.r[ECX] == 0x444d4163;
+  const uint32_t family = (l1.r[EAX] >> 8 & 15) + (l1.r[EAX] >> 20 & 255);
+  return amd && family == 25 && (l7.r[EBX] >> 16 & 1) != 0;
+}
+
 #else
 std::vector<CpuFeature> detect() { return {}; }
+bool detect_zen4() { return false; }
 #endif
 
 }  // namespace
@@ -104,6 +114,11 @@ bool cpu_has(const std::string& name) {
     if (name == f.name) return f.usable();
   }
   return false;
+}
+
+bool cpu_is_zen4() {
+  static const bool is = detect_zen4();
+  return is;
 }
 
 }  // namespace ktcore

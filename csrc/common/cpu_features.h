@@ -17,5 +17,6 @@ struct CpuFeature {
 
 const std::vector<CpuFeature>& cpu_features();
 bool cpu_has(const std::string& name);
+bool cpu_is_zen4();
 
 }  // namespace ktcore

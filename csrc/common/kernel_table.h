@@ -46,7 +46,7 @@ struct MoeJob {
   uint8_t* up_encoded;  // tiles for up alone, where the layout is reordered
   uint8_t* mid_encoded;
   float* sum;
-  int64_t prefetch_bytes;
+  int64_t gate_up_prefetch, down_prefetch;  // how far ahead weights are asked for, in bytes
 };
 
 struct LinearJob {
@@ -62,7 +62,7 @@ struct LinearJob {
   int planes;
   uint8_t* tokens_encoded;
   uint8_t* tiles_encoded;
-  int64_t prefetch_bytes;
+  int64_t prefetch;  // how far ahead weights are asked for, in bytes
 };
 
 struct RouteJob {

@@ -86,7 +86,7 @@ void pack_scales(const StoredMatrix& m, int64_t row0, int64_t rows, uint8_t* out
     }
   }
   for (int64_t g = 0; g < groups; ++g) {
-    uint8_t* to = out + layout.group_at(g) + layout.value_bytes();
+    uint8_t* to = out + layout.inner_at(g);
     for (const int8_t* values : {layout.inner_scales ? m.inner_scales : nullptr,
                                  layout.inner_offsets ? m.inner_offsets : nullptr}) {
       if (values == nullptr) continue;
@@ -100,19 +100,21 @@ void pack_scales(const StoredMatrix& m, int64_t row0, int64_t rows, uint8_t* out
   }
 }
 
-// Bits [shift, shift + count) of 32 codes, into `count` units' lanes at `to`: the codes of columns
-// 4 i + j go to byte j of the lanes, 8 / count of them, from the lowest bits on.
-void pack_bits(const uint8_t* codes, int shift, int count, uint8_t* to) {
+// Bits [shift, shift + count) of 32 codes, into lanes of `count` units at `to`: the codes of columns
+// 4 i + j go to byte j of the lanes, 8 / count of them, from the lowest bits on. `unit_of(quad)` is the
+// number of the unit that a quad's bits are in.
+template <class UnitOf>
+void pack_bits(const uint8_t* codes, int shift, int count, uint8_t* to, UnitOf&& unit_of) {
   const uint32_t mask = 0x01010101u * ((1u << count) - 1);
   const int per_byte = 8 / count;
-  for (int unit = 0; unit < count; ++unit, to += kUnitBytes) {
+  for (int quad = 0; quad < kGroup / 4; quad += per_byte) {
     uint32_t lane = 0;
     for (int i = 0; i < per_byte; ++i, codes += 4) {
-      uint32_t quad;
-      std::memcpy(&quad, codes, 4);
-      lane |= ((quad >> shift) & mask) << (i * count);
+      uint32_t four;
+      std::memcpy(&four, codes, 4);
+      lane |= ((four >> shift) & mask) << (i * count);
     }
-    std::memcpy(to, &lane, 4);
+    std::memcpy(to + unit_of(quad) * kUnitBytes, &lane, 4);
   }
 }
 
@@ -146,8 +148,7 @@ void unpack_block(const StoredMatrix& m, int64_t row, int64_t column, uint8_t* c
 }
 
 void pack_codes(const StoredMatrix& m, int64_t row0, int64_t rows, uint8_t* out) {
-  const int bits = static_cast<int>(m.layout.code_bits());
-  const int low = bits == 8 ? 8 : bits >= 4 ? 4 : 2;
+  const CodeParts parts = CodeParts::of(static_cast<int>(m.layout.code_bits()));
   // Group by group, so that what is written stays in the first-level cache.
   for (int64_t k = 0; k < m.cols; k += kGroup) {
     uint8_t* group = out + m.layout.group_at(k / kGroup);
@@ -161,8 +162,11 @@ void pack_codes(const StoredMatrix& m, int64_t row0, int64_t rows, uint8_t* out)
       } else {
         unpack_block(m, row0 + r, k, codes);
       }
-      pack_bits(codes, 0, low, group + r * 4);
-      if (bits > low) pack_bits(codes, low, bits - low, group + low * kUnitBytes + r * 4);
+      uint8_t* lane = group + r * 4;
+      pack_bits(codes, 0, parts.low, lane, [&](int quad) { return parts.low_unit(quad); });
+      if (parts.high == 0) continue;
+      pack_bits(codes, parts.low, parts.high, lane,
+                [&](int quad) { return parts.high_unit(quad); });
     }
   }
   pack_scales(m, row0, rows, out);

@@ -13,17 +13,17 @@
 //   codesN    integers less a bias, N bits each: weight = scale * (code - bias) + offset. The codes of
 //             a group of 32 columns are N units. In a lane of 2 or 4 bits a column, byte j has columns
 //             4 i + j, those of i = 0 in the lowest bits. Codes of 3, 5 and 6 bits are units of their
-//             lower 2, 4 and 4 bits, then units of the others in the same order. Codes of 8 bits are
-//             signed and have no bias.
+//             lower 2, 4 and 4 bits and units of the others, in the order in which they are needed.
+//             Codes of 8 bits are signed and have no bias.
 //   table4    as codes4, but the codes number 16 levels, which the layout lists
 //   ..._g16   the same, with scales for 16 columns each
 //
-// A scale is up to two factors. The outer ones are floats for `span` groups: at the end of each group where
-// span is 1, else before the first of them, so that a block is read from one end to the other (the scales of
-// Q4_K behind its last group cost 10 % of the bandwidth); offsets follow the scales. The inner ones are signed bytes,
-// after each group's codes: one for each row and set, which the outer scale multiplies; then those
-// that the outer offset multiplies or, where there are only inner offsets, the outer scale (zero
-// points).
+// A scale is up to two factors. The outer ones are floats for `span` groups, before the first of them, and
+// offsets follow them. The inner ones are signed bytes: one for each row and set, which the outer scale
+// multiplies; then those that the outer offset multiplies or, where there are only inner offsets, the outer
+// scale (zero points). They stand behind the group's codes, for two sets before them: all in the order in
+// which it is read, from one end of a block to the other. (The scales of Q4_K behind a block's last group
+// cost a Zen 5 10 % of the bandwidth; scales and units out of order in a group cost a Zen 4 up to 20 %.)
 //
 // All stored weight formats that are small integers (see Codes in ktcore/formats/base.py) become one
 // of these.
@@ -99,10 +99,14 @@ struct WeightLayout {
   KT_INLINE int64_t outer_sets() const { return inner_scales || span > 1 ? 1 : sets(); }
   // Bytes of one set of outer scales, or of offsets.
   KT_INLINE int64_t set_bytes() const { return kBlockRows * dtype_size(scale_type); }
-  KT_INLINE int64_t outer_bytes() const { return outer_sets() * set_bytes() * (offsets ? 2 : 1); }
+  KT_INLINE int64_t outer_bytes() const {
+    return scaled() ? outer_sets() * set_bytes() * (offsets ? 2 : 1) : 0;
+  }
   KT_INLINE int64_t inner_bytes() const {
     return sets() * kBlockRows * ((inner_scales ? 1 : 0) + (inner_offsets ? 1 : 0));
   }
+  // Of two sets, the scales of the first are needed before the codes of the second.
+  KT_INLINE bool inner_first() const { return sets() == 2; }
   // Bytes of the codes or numbers of one group of 32 columns of a block.
   KT_INLINE int64_t value_bytes() const {
     switch (format) {
@@ -114,27 +118,45 @@ struct WeightLayout {
       default: return code_bits() * kUnitBytes;
     }
   }
-  // Whether several groups have the same outer scales.
-  KT_INLINE bool shared_scales() const { return scaled() && span > 1; }
-  // Bytes of one group with all that stands in it.
-  KT_INLINE int64_t group_bytes() const {
-    return value_bytes() + (scaled() ? inner_bytes() + (span == 1 ? outer_bytes() : 0) : 0);
-  }
-  // Where in a block a group is, and where its outer scales are.
+  // Bytes of one group with all that is its own.
+  KT_INLINE int64_t group_bytes() const { return value_bytes() + (scaled() ? inner_bytes() : 0); }
+  // Where in a block the codes or numbers of a group are, its inner scales, and its outer ones.
   KT_INLINE int64_t group_at(int64_t group) const {
-    return group * group_bytes() + (shared_scales() ? (group / span + 1) * outer_bytes() : 0);
+    return group * group_bytes() + (group / span + 1) * outer_bytes() +
+           (inner_first() ? inner_bytes() : 0);
+  }
+  KT_INLINE int64_t inner_at(int64_t group) const {
+    return inner_first() ? group_at(group) - inner_bytes() : group_at(group) + value_bytes();
   }
   KT_INLINE int64_t outer_at(int64_t group) const {
-    if (!shared_scales()) return group * group_bytes() + value_bytes() + inner_bytes();
     return group / span * (span * group_bytes() + outer_bytes());
   }
   // Bytes of one block of a matrix with `cols` columns; a multiple of 64.
   KT_INLINE int64_t block_bytes(int64_t cols) const {
     const int64_t groups = ceil_div(cols, kGroup);
-    int64_t bytes = groups * group_bytes();
+    int64_t bytes = groups * group_bytes() + ceil_div(groups, span) * outer_bytes();
     if (format == WeightFormat::int8) bytes += kBlockRows * 4;
-    if (shared_scales()) bytes += ceil_div(groups, span) * outer_bytes();
     return round_up(bytes, 64);
+  }
+};
+
+// Codes of 3, 5 and 6 bits are in two parts, the lower 2 or 4 bits and the others. A unit holds 8 / bits
+// quads' bits of a part. Units stand in the order in which they are needed, so that a block is read from
+// one end to the other: that of quad q's lower bits, and then that of its upper bits.
+struct CodeParts {
+  int low, high;  // bits
+  static constexpr CodeParts of(int bits) {
+    const int low = bits == 8 ? 8 : bits >= 4 ? 4 : 2;
+    return {low, bits - low};
+  }
+  // The number of the unit.
+  constexpr int low_unit(int quad) const {
+    const int unit = quad * low / 8;
+    return high == 0 ? unit : unit + (unit * (8 / low) * high + 7) / 8;
+  }
+  constexpr int high_unit(int quad) const {
+    const int unit = quad * high / 8;
+    return unit + unit * (8 / high) * low / 8 + 1;
   }
 };
 

@@ -291,7 +291,7 @@ class Groups {
         both_sets_(layout.outer_sets() == 2),
         block_(block),
         group_bytes_(layout.group_bytes()),
-        outer_in_group_(code_bytes + layout.inner_bytes()),
+        inner_bytes_(layout.inner_bytes()),
         outer_bytes_(layout.outer_bytes()) {}
 
   KT_INLINE bool has_offsets() const { return layout_.offsets || layout_.inner_offsets; }
@@ -299,7 +299,7 @@ class Groups {
   // Goes to group g, or to the next one, and makes the outer scales of V vectors from v0 on ready.
   template <int V>
   KT_INLINE const uint8_t* begin(int64_t g, int v0) {
-    left_ = layout_.span == 1 ? 1 : layout_.span - g % layout_.span;
+    left_ = layout_.span - g % layout_.span;
     group_ = block_ + layout_.group_at(g);
     convert<V>(block_ + layout_.outer_at(g), v0);
     return group_;
@@ -309,12 +309,9 @@ class Groups {
     group_ += group_bytes_;
     if (--left_ > 0) return group_;
     left_ = layout_.span;
-    if (left_ == 1) {
-      convert<V>(group_ + outer_in_group_, v0);
-    } else {
-      convert<V>(group_, v0);
-      group_ += outer_bytes_;
-    }
+    const uint8_t* outer = kSets == 2 ? group_ - inner_bytes_ : group_;
+    group_ += outer_bytes_;
+    convert<V>(outer, v0);
     return group_;
   }
 
@@ -335,7 +332,8 @@ class Groups {
 
  private:
   KT_INLINE typename S::F inner(const uint8_t* group, int row, int v) const {
-    return S::load_i8(group + code_bytes_ + row * kBlockRows + v * S::kLanes);
+    const uint8_t* first = kSets == 2 ? group - inner_bytes_ : group + code_bytes_;
+    return S::load_i8(first + row * kBlockRows + v * S::kLanes);
   }
 
   template <int V>
@@ -363,7 +361,7 @@ class Groups {
   const int64_t code_bytes_;
   const bool both_sets_;
   const uint8_t* block_;
-  const int64_t group_bytes_, outer_in_group_, outer_bytes_;
+  const int64_t group_bytes_, inner_bytes_, outer_bytes_;
   const uint8_t* group_ = nullptr;
   int64_t left_ = 0;  // groups that have the outer scales at hand, this one included
   alignas(64) float scale_[kSets][kBlockRows];
@@ -403,6 +401,10 @@ struct Coded {
       for (int64_t g = range.first;; group = groups.template next<V>(v0), a += 2 * kGroup * R) {
         // Codes alone are asked for, which is best, but for the scales of 5 and 6 bits: 3 %.
         if constexpr (kLow == 4 && kHigh > 0) S::prefetch(group + kCodeBytes + prefetch);
+        if constexpr (kSets == 2) {  // before the codes, as a Zen 4 follows ascending lines alone
+          S::prefetch(group - 128);
+          S::prefetch(group - 64);
+        }
         add_set<0, V, R>(layout, groups, group, g, v0, levels, a, x_scale, x_sum, acc, prefetch);
         if constexpr (kSets == 2) {
           add_set<1, V, R>(layout, groups, group, g, v0, levels, a, x_scale, x_sum, acc, prefetch);
@@ -440,9 +442,10 @@ struct Coded {
   static KT_INLINE void finish(const uint8_t*, int64_t, float*, int64_t) {}
 
  private:
-  static constexpr int kLow = kBits == 8 ? 8 : kBits >= 4 ? 4 : 2, kHigh = kBits - kLow;
+  static constexpr CodeParts kParts = CodeParts::of(kBits);
+  static constexpr int kLow = kParts.low, kHigh = kParts.high;
   // A bit of each of 32 columns and 32 rows is one unit.
-  static constexpr int64_t kHighUnits = kLow * kUnitBytes, kCodeBytes = kBits * kUnitBytes;
+  static constexpr int64_t kCodeBytes = kBits * kUnitBytes;
   // How many quads share the bytes of a unit.
   static constexpr int kLowQuads = 8 / kLow, kHighQuads = kHigh == 0 ? 8 : 8 / kHigh;
 
@@ -475,9 +478,9 @@ struct Coded {
   }
   template <int Q>
   static KT_INLINE void expand_quad(const uint8_t* from, I levels, I bias, uint8_t* to) {
-    const I low = S::load_i(from + Q / kLowQuads * kUnitBytes);
+    const I low = S::load_i(from + kParts.low_unit(Q) * kUnitBytes);
     I high = low;
-    if constexpr (kHigh > 0) high = S::load_i(from + kHighUnits + Q / kHighQuads * kUnitBytes);
+    if constexpr (kHigh > 0) high = S::load_i(from + kParts.high_unit(Q) * kUnitBytes);
     auto weights = widen<WordQuads<S>, Q>(low, high, levels);
     if constexpr (!kTable && kBits < 8) {
       weights.even = S::sub_i16(weights.even, bias);
@@ -540,10 +543,10 @@ struct Coded {
                                  const uint8_t* w, I levels, const uint8_t* a, int64_t prefetch) {
     using Quad = Quads<S, R>;
     if constexpr (Q % kLowQuads == 0) {
-      load<V, R>(low, w + Q / kLowQuads * kUnitBytes, prefetch);
+      load<V, R>(low, w + kParts.low_unit(Q) * kUnitBytes, prefetch);
     }
     if constexpr (kHigh > 0 && (Q % kHighQuads == 0 || kIsFirst)) {
-      load<V, R>(high, w + kHighUnits + Q / kHighQuads * kUnitBytes, prefetch);
+      load<V, R>(high, w + kParts.high_unit(Q) * kUnitBytes, prefetch);
     }
     typename Quad::Weights weight[V];
     KT_UNROLL

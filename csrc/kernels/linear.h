@@ -38,7 +38,7 @@ static void linear(const LinearJob& job, ThreadPool& pool) {
         const int n =
             static_cast<int>(rest < tiles_at_once<Format>() ? rest : tiles_at_once<Format>());
         multiply<S, Format>(*job.layout, job.weight + b * block, groups, tiles, n, job.planes,
-                            encoded, c, job.prefetch_bytes);
+                            encoded, c, job.prefetch);
         for (int i = 0; i < n; ++i) {
           const float* from = c + (tiles[i].first - tiles[0].first) * job.planes * kBlockRows;
           for (int32_t t = 0; t < tiles[i].tokens; ++t, from += kBlockRows) {

@@ -101,9 +101,9 @@ static void gate_up(const MoeJob& job, ThreadPool& pool) {
       load_bias<S>(expert.up_bias, expert.down_columns, b, intermediate, up_bias);
       for_tiles<Format>(job, expert, [&](const TokenTile* tiles, int count) {
         multiply<S, Format>(*job.gate_up, weights, hidden_groups, tiles, count, planes, for_gate,
-                            gate, job.prefetch_bytes);
+                            gate, job.gate_up_prefetch);
         multiply<S, Format>(*job.gate_up, weights + in_block, hidden_groups, tiles, count, planes,
-                            for_up, up, job.prefetch_bytes);
+                            for_up, up, job.gate_up_prefetch);
         for (int i = 0; i < count; ++i) {
           const int64_t place = (tiles[i].first - tiles[0].first) * planes * kBlockRows;
           uint8_t* mid = job.mid_encoded + tiles[i].first * mid_token_bytes;
@@ -153,7 +153,7 @@ static void down(const MoeJob& job, ThreadPool& pool) {
         for (int64_t b = begin; b < end; ++b) {
           multiply<S, Format>(*job.down,
                               run_of(job.down_runs, b).block(expert.number, b, mid_block),
-                              mid_groups, tiles, count, planes, encoded, c, job.prefetch_bytes);
+                              mid_groups, tiles, count, planes, encoded, c, job.down_prefetch);
           typename S::F bias[Rows32<S>::kVectors];
           load_bias<S>(expert.down_bias, nullptr, b, hidden, bias);
           for (int i = 0; i < count; ++i) {
