@@ -349,7 +349,7 @@ def test_random_arguments_of_moe(variant, data):
     assert got.shape == x.shape and got.dtype == x.dtype
     want, magnitude = oracle.moe(x, experts, ids, weights, activation)
     limits = activation == "swiglu_oai" and not x.isfinite().all()
-    # An expert whose result float32 cannot hold is no matter of arguments, even with a weight of zero.
+    # What float32 cannot hold is no matter of arguments, even with a weight of zero.
     each = oracle.moe(x, experts, ids, torch.ones_like(weights), activation)[0]
     held = (want.abs() < 1e4).all() and (each.abs() < 1e30).all()
     if got.numel() and held and not limits:

@@ -142,19 +142,19 @@ struct WeightLayout {
 
 // Codes of 3, 5 and 6 bits are in two parts, the lower 2 or 4 bits and the others. A unit holds 8 / bits
 // quads' bits of a part. Units stand in the order in which they are needed, so that a block is read from
-// one end to the other: that of quad q's lower bits, and then that of its upper bits.
+// one end to the other: that of quad q's lower bits, and then that of its upper bits. Always inlined, too.
 struct CodeParts {
   int low, high;  // bits
-  static constexpr CodeParts of(int bits) {
+  static KT_INLINE constexpr CodeParts of(int bits) {
     const int low = bits == 8 ? 8 : bits >= 4 ? 4 : 2;
     return {low, bits - low};
   }
   // The number of the unit.
-  constexpr int low_unit(int quad) const {
+  KT_INLINE constexpr int low_unit(int quad) const {
     const int unit = quad * low / 8;
     return high == 0 ? unit : unit + (unit * (8 / low) * high + 7) / 8;
   }
-  constexpr int high_unit(int quad) const {
+  KT_INLINE constexpr int high_unit(int quad) const {
     const int unit = quad * high / 8;
     return unit + unit * (8 / high) * low / 8 + 1;
   }
