@@ -63,7 +63,7 @@ const float* row_of(const float* matrix, int64_t row, int64_t columns) {
 int64_t prefetch_bytes(const WeightLayout& layout) {
   if (const int64_t set = g_prefetch.load(); set >= 0) return set;
   // Against 1 KiB, two threads gain 6 % in int4 and int8 on an Ice Lake, and on a Zen 5 15 % in int4, Q4_K
-  // and fp8, 2 % in int8. A Zen 4 is 4 to 20 % faster by itself where a byte or more is read for a weight.
+  // and fp8, 2 % in int8. A Zen 4 is 7 to 24 % faster by itself where a byte or more is read for a weight.
   if (!cpu_is_zen4()) return 8192;
   const int64_t bits = layout.code_bits();
   return bits > 0 && bits < 8 ? 4096 : 0;

@@ -149,10 +149,11 @@ struct CodeParts {
     const int low = bits == 8 ? 8 : bits >= 4 ? 4 : 2;
     return {low, bits - low};
   }
-  // The number of the unit.
+  // The number of the unit: those of its part before it, and those of the other part that are needed by
+  // quads before its first one, for upper bits by that one as well.
   KT_INLINE constexpr int low_unit(int quad) const {
     const int unit = quad * low / 8;
-    return high == 0 ? unit : unit + (unit * (8 / low) * high + 7) / 8;
+    return unit + (unit * (8 / low) * high + 7) / 8;
   }
   KT_INLINE constexpr int high_unit(int quad) const {
     const int unit = quad * high / 8;
