@@ -49,7 +49,7 @@ def main(arguments):
         raise SetupError("the peers that are built from source are measured on Linux alone")
     python = _environment.ready("test")
     llama_cpp.PEERS.mkdir(exist_ok=True)
-    with _environment.step("Installing ONNX Runtime and kt-kernel"):
+    with _environment.step("Installing ONNX Runtime, torchao and kt-kernel"):
         install(python)
     # With the environment's Python, beside which CMake is.
     if _environment.call([python, str(_environment.ROOT / "ci" / "llama_cpp.py")]):

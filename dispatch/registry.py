@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import TYPE_CHECKING, NamedTuple
 
+from ktcore import _native
 from ktcore._settings import SettingError
 from ktcore.dispatch import probe
 from ktcore.dispatch.machine import Machine
@@ -77,6 +78,8 @@ class Implementation:
             that none of the named ones has. By default those in `formats`.
         packs: the layout that it packs weights into at first use; None if it reads them as stored.
         recordable: its calls can be recorded: see `ktcore.ops.recording`.
+        prepare: given a generation of choices and the arguments of `run`, what serves calls like
+            this one sooner: see `ktcore.ops._prepared`.
     """
 
     op: str
@@ -89,6 +92,7 @@ class Implementation:
     takes: Callable[[str], bool] | None = None
     packs: Layout | None = None
     recordable: bool = False
+    prepare: Callable | None = None
 
 
 @dataclass(frozen=True)
@@ -400,12 +404,23 @@ _watcher: contextvars.ContextVar[Callable[[Implementation], None] | None] = cont
     "ktcore_watcher", default=None
 )
 
+if _native.ext is not None:
+    _native.ext.set_hindrances([_forced, _watcher])
+
 
 def forget_choices() -> None:
     """Choose afresh: what is forced, or the machine, has changed."""
     global _generation
     _generation += 1
     _choices.clear()
+    if _native.ext is not None:
+        _native.ext.set_generation(_generation)
+
+
+def generation() -> int | None:
+    """Changes whenever `select` may answer otherwise; None where more than that decides: in a block
+    of `use`, or while choices are watched."""
+    return _generation if _forced.get() is None and _watcher.get() is None else None
 
 
 def choices() -> tuple:

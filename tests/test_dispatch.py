@@ -528,9 +528,14 @@ def test_a_machine_that_claims_too_much_is_found_out():
     all_on = {name: Feature(True, True) for name in probe.FEATURES}
     from dataclasses import replace
 
-    backends = {i["backend"] for i in _native.ext.isas() if i["name"] == lacking[-1]}
-    with probe.override(replace(here, cpu=replace(here.cpu, features=all_on))):
-        for name in backends:
+    liar = replace(here, cpu=replace(here.cpu, features=all_on))
+    with probe.override(liar):
+        # Not every instruction set that it claims would be used: a slow one is passed over.
+        names = {i["backend"] for i in _native.ext.isas()}
+        deceived = [name for name in names if operators.instruction_set(name, liar) in lacking]
+        if not deceived:
+            pytest.skip("what this machine lacks would not be used")
+        for name in deceived:
             assert "self-check failed: RuntimeError" in registry.why_not(name)
             with pytest.raises(BackendUnavailable, match="self-check failed"):
                 registry.use(name)

@@ -220,6 +220,22 @@ def operators(backend: str) -> list[Implementation]:
             )
         return out
 
+    def prepare_moe(
+        generation: int,
+        hidden_states: Tensor,
+        experts: ExpertWeights,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        *,
+        activation: str,
+        exact: bool,
+    ) -> object:
+        biases = (experts.gate_bias, experts.up_bias, experts.down_bias)
+        packed, code = packed_experts(experts), ACTIVATIONS[activation]
+        return ext.prepare_moe(
+            generation, isa(), packed, hidden_states, biases, activation, code, exact
+        )
+
     def linear(x: Tensor, weight: QuantTensor, bias: Tensor | None, *, exact: bool) -> Tensor:
         tokens = x.shape[0]
         out = torch.empty((tokens, weight.shape[0]), dtype=x.dtype)
@@ -238,6 +254,11 @@ def operators(backend: str) -> list[Implementation]:
                 exact,
             )
         return out
+
+    def prepare_linear(
+        generation: int, x: Tensor, weight: QuantTensor, bias: Tensor | None, *, exact: bool
+    ) -> object:
+        return ext.prepare_linear(generation, isa(), packed_matrix(weight), x, exact)
 
     def dequantize(weight: QuantTensor, dtype: torch.dtype) -> Tensor:
         out = torch.empty(weight.shape, dtype=dtype)
@@ -446,9 +467,10 @@ def operators(backend: str) -> list[Implementation]:
         return Implementation(op, backend, formats, run, cost, supports, detail, **more)
 
     packed = {"takes": packable, "packs": layout(), "recordable": True}
+    moe_cost, linear_cost = partial(_moe_cost, backend), partial(_linear_cost, backend)
     return [
-        implementation("moe", FORMATS, moe, partial(_moe_cost, backend), **packed),
-        implementation("linear", FORMATS, linear, partial(_linear_cost, backend), **packed),
+        implementation("moe", FORMATS, moe, moe_cost, prepare=prepare_moe, **packed),
+        implementation("linear", FORMATS, linear, linear_cost, prepare=prepare_linear, **packed),
         implementation("dequantize", CONVERTED, dequantize, flat),
         implementation("quantize", CONVERTED, quantize, flat),
         implementation("route", (), route, flat, _route_fits, recordable=True),

@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "bindings/prepared.h"
 #include "common/checksum.h"
 #include "common/cpu_features.h"
 #include "common/engine.h"
@@ -464,6 +465,8 @@ PYBIND11_MODULE(_C, m) {
     const KernelTable& table = kernels(isa);
     perform("moe", [&table, args] { moe(table, args); }, experts);
   });
+
+  def_prepared(m);
 
   m.def("linear", [](const std::string& isa, const PackedMatrix& weight, uintptr_t x, int dtype,
                      int64_t tokens, int64_t x_stride, uintptr_t bias, uintptr_t out,

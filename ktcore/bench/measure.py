@@ -20,13 +20,12 @@ from ktcore.bench.peers import Session, Timed, peers, timed
 from ktcore.bench.plan import Plan, Storage, layer_bytes, make_plan, rotation_bytes
 from ktcore.bench.presets import Shape
 from ktcore.bench.workload import Call, Weights, Workload, make_workload
-from ktcore.dispatch import probe, registry
+from ktcore.dispatch import figures, probe, registry
 from ktcore.formats import get_format
 
 OPS = ("moe", "linear")
 ROUNDS = 5
 MAX_CALLS = 1000  # of a cell in a round
-READ_BYTES = 1 << 29  # that a plain loop reads, at least, to tell the memory's bandwidth
 # A cell whose call is estimated to take this many times a cell's seconds is not even tried.
 HOPELESS = 2
 # A peer whose result is off by more computes something else.
@@ -495,10 +494,7 @@ class Bench:
             cell.status = "measured"
 
     def _read_bandwidth(self) -> float:
-        # Of 128 MB, a cache of 32 MB still serves a part: up to a sixth more than memory gives.
-        machine = probe.machine()
-        size = max(READ_BYTES, rotation_bytes(machine))
-        size = min(size, machine.memory.available_bytes // 8)
+        size = figures.read_bytes(probe.machine())
         return _native.ext.measure_read_bandwidth(self.settings.threads, size)
 
     def _takes_part(self, cell: Cell, number: int) -> bool:

@@ -17,14 +17,14 @@ recording = threading.local()
 
 
 def direct(tensor: Tensor) -> bool:
-    """Whether nothing has to see the call: in inference mode there is no autograd, and no compiler,
-    tracer, dispatch mode or tensor subclass is at work either, but for that which watches over a
-    recording.
+    """Whether nothing has to see the call: no autograd, compiler, tracer, dispatch mode, tensor
+    subclass or transform as vmap is at work, but for the mode that watches over a recording.
     """
     return (
         not torch.compiler.is_compiling()
-        and torch.is_inference_mode_enabled()
+        and not torch.is_grad_enabled()
         and type(tensor) is Tensor
         and (not torch._C._len_torch_dispatch_stack() or getattr(recording, "active", False))
         and not torch.jit.is_tracing()
+        and torch._C._functorch.peek_interpreter_stack() is None
     )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
-from ktcore.dispatch.registry import Request, select
-from ktcore.ops import _check
+from ktcore.dispatch import registry
+from ktcore.dispatch.registry import Request
+from ktcore.ops import _check, _prepared
 from ktcore.ops._direct import direct
 from ktcore.weights import QuantTensor
 from ktcore.weights.quant_tensor import resolve
@@ -30,6 +32,10 @@ def linear(
         TypeError, ValueError: an argument does not fit; the message names it.
         BackendUnavailable: a forced backend cannot run here or does not serve this.
     """
+    if not is_dynamo_compiling():
+        out = _prepared.linear(weight, x, bias, exact)
+        if out is not None:
+            return out
     if not isinstance(weight, QuantTensor):
         raise TypeError(f"weight: expected a QuantTensor, got {type(weight).__name__}")
     if len(weight.shape) != 2 or 0 in weight.shape:
@@ -54,7 +60,8 @@ def _compute(x: Tensor, weight: int, bias: Tensor | None, exact: bool) -> Tensor
     matrix = resolve(weight)
     assert isinstance(matrix, QuantTensor)
     rows = _check.rows_dense(_check.detached(x)).reshape(-1, x.shape[-1])
-    chosen = select(
+    generation = registry.generation()
+    chosen = registry.select(
         Request(
             op="linear",
             format=matrix.format.name,
@@ -66,7 +73,9 @@ def _compute(x: Tensor, weight: int, bias: Tensor | None, exact: bool) -> Tensor
             exact=exact,
         )
     )
-    y = chosen.run(rows, matrix, None if bias is None else _check.detached(bias), exact=exact)
+    args = (rows, matrix, None if bias is None else _check.detached(bias))
+    y = chosen.run(*args, exact=exact)
+    _prepared.prepare(generation, chosen, matrix, len(rows), *args, exact=exact)
     return y.reshape(*x.shape[:-1], matrix.shape[0])
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
-from ktcore.dispatch.registry import Request, select
-from ktcore.ops import _check
+from ktcore.dispatch import registry
+from ktcore.dispatch.registry import Request
+from ktcore.ops import _check, _prepared
 from ktcore.ops._direct import direct
 from ktcore.weights import ExpertWeights
 from ktcore.weights.quant_tensor import resolve
@@ -49,6 +51,10 @@ def moe(
     The layer is that of Switch Transformer and its successors (arXiv 2101.03961), with gated
     experts (arXiv 2002.05202).
     """
+    if not is_dynamo_compiling():
+        out = _prepared.moe(experts, hidden_states, topk_ids, topk_weights, activation, exact)
+        if out is not None:
+            return out
     if not isinstance(experts, ExpertWeights):
         raise TypeError(f"experts: expected ExpertWeights, got {type(experts).__name__}")
     _check.tensor(hidden_states, "hidden_states", _check.FLOATS, 2)
@@ -88,7 +94,8 @@ def _compute(
     weights = resolve(experts)
     assert isinstance(weights, ExpertWeights)
     tokens, top_k = topk_ids.shape
-    chosen = select(
+    generation = registry.generation()
+    chosen = registry.select(
         Request(
             op="moe",
             format=weights.format.name,
@@ -103,14 +110,17 @@ def _compute(
             exact=exact,
         )
     )
-    return chosen.run(
+    args = (
         _check.rows_dense(_check.detached(hidden_states)),
         weights,
         _check.as_type(topk_ids, torch.int64),
         _check.as_type(topk_weights, torch.float32),
-        activation=activation,
-        exact=exact,
     )
+    out = chosen.run(*args, activation=activation, exact=exact)
+    _prepared.prepare(
+        generation, chosen, weights, tokens, *args, activation=activation, exact=exact
+    )
+    return out
 
 
 _moe = torch.library.custom_op("ktcore::moe", _compute, mutates_args=())

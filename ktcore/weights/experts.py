@@ -21,7 +21,8 @@ class ExpertWeights:
         down_bias: [num_experts, hidden_size].
 
     Gate and up in one format, down in that or another (as GGUF files mix them), all on one device.
-    `packed` holds what backends made of them, by layout; biases are no part of it.
+    `packed` holds what backends made of them, by layout; biases are no part of it. `prepared` is
+    what the last call found out, for the next like it.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class ExpertWeights:
         self.up_bias = self._bias(up_bias, "up_bias", intermediate)
         self.down_bias = self._bias(down_bias, "down_bias", hidden)
         self.packed: dict[str, object] = {}
+        self.prepared: object = None
         self.handle = register(self)
 
     def _bias(self, bias: Tensor | None, name: str, size: int) -> Tensor | None:

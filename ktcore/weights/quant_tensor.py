@@ -41,6 +41,7 @@ class QuantTensor:
         shape: logical shape.
         parts: the stored tensors, named by the format; empty after `release`.
         packed: what backends have made of it for themselves, by name of the layout.
+        prepared: what the last call found out, for the next like it: see `ktcore.ops._prepared`.
         handle: number that stands for it in torch operators.
     """
 
@@ -58,6 +59,7 @@ class QuantTensor:
         self.parts: Parts = dict(parts)
         self.device = next(iter(parts.values())).device
         self.packed: dict[str, object] = {}
+        self.prepared: object = None
         self.handle = register(self)
 
     @classmethod
