@@ -40,6 +40,7 @@ perplexity_table, random_model = script("perplexity_table"), script("random_mode
 peer_table, activation_bits = script("peer_table"), script("activation_bits")
 model_speed = script("model_speed")
 token_profile, thread_scaling = script("token_profile"), script("thread_scaling")
+prefetch_distance = script("prefetch_distance")  # after that whose layer it takes
 
 # -------------------------------------------------------------------------------- perplexity table
 
@@ -275,3 +276,18 @@ def test_threads_are_compared(monkeypatch, capsys):
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| int8")]
     assert [row.split("|")[2].strip() for row in rows] == ["1", "4"]
     assert all(row.count("%") == 2 for row in rows)
+
+
+@needs_extension
+def test_prefetch_distances_are_compared(monkeypatch, capsys):
+    for name, value in {"HIDDEN": 64, "INTERMEDIATE": 64, "EXPERTS": 16}.items():
+        monkeypatch.setattr(thread_scaling, name, value)
+    monkeypatch.setattr(prefetch_distance, "HIDDEN", 64)
+    monkeypatch.setattr(prefetch_distance, "EXPERTS", 16)
+    asked = []
+    set_prefetch = _native.ext.set_prefetch
+    monkeypatch.setattr(_native.ext, "set_prefetch", lambda *d: asked.append(d) or set_prefetch(*d))
+    prefetch_distance.main(format=["int8"], distance=["0,0", "64,128"], tokens=2, rounds=2)
+    row = capsys.readouterr().out.splitlines()[-1]
+    assert row.startswith("| int8 |") and row.count("(") == 2
+    assert asked == [(0, 0), (64, 128)] * 2 + [(-1, -1)]  # and what is best is back

@@ -269,7 +269,10 @@ PYBIND11_MODULE(_C, m) {
     set_default_pool_size(n);
   });
   m.def("get_num_threads", &default_pool_size);
-  m.def("set_prefetch_bytes", &set_prefetch_bytes);
+  m.def(
+      "set_prefetch", [](int64_t first, int64_t second) { set_prefetch({first, second}); },
+      py::arg("first_level"), py::arg("second_level"),
+      "How many bytes ahead weights are asked for, for either cache; -1, -1: as is best.");
   m.def("allowed_nodes", &allowed_nodes, "NUMA nodes whose memory this process may use.");
   m.def("set_memory_nodes", &set_memory_nodes);
   m.def("get_memory_nodes", &memory_nodes, "NUMA nodes over which packed weights are spread.");

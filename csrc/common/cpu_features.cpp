@@ -80,17 +80,18 @@ std::vector<CpuFeature> detect() {
 }
 
 // Family 25 is Zen 3 and Zen 4, which of the two alone has AVX-512.
-bool detect_zen4() {
+Processor detect_processor() {
   const Regs vendor = cpuid(0, 0), l1 = cpuid(1, 0), l7 = cpuid(7, 0);
   const bool amd =
       vendor.r[EBX] == 0x68747541 && vendor.r[EDX] == 0x69746e65 && vendor.r[ECX] == 0x444d4163;
   const uint32_t family = (l1.r[EAX] >> 8 & 15) + (l1.r[EAX] >> 20 & 255);
-  return amd && family == 25 && (l7.r[EBX] >> 16 & 1) != 0;
+  if (!amd) return Processor::other;
+  return family == 25 && (l7.r[EBX] >> 16 & 1) != 0 ? Processor::zen4 : Processor::amd;
 }
 
 #else
 std::vector<CpuFeature> detect() { return {}; }
-bool detect_zen4() { return false; }
+Processor detect_processor() { return Processor::other; }
 #endif
 
 }  // namespace
@@ -116,9 +117,9 @@ bool cpu_has(const std::string& name) {
   return false;
 }
 
-bool cpu_is_zen4() {
-  static const bool is = detect_zen4();
-  return is;
+Processor processor() {
+  static const Processor it = detect_processor();
+  return it;
 }
 
 }  // namespace ktcore

@@ -17,6 +17,9 @@ struct CpuFeature {
 
 const std::vector<CpuFeature>& cpu_features();
 bool cpu_has(const std::string& name);
-bool cpu_is_zen4();
+
+// What its prefetchers are known to want: see engine.cpp.
+enum class Processor { zen4, amd, other };
+Processor processor();
 
 }  // namespace ktcore

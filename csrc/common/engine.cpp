@@ -13,8 +13,8 @@
 namespace ktcore {
 namespace {
 
-// How far ahead of its loads a thread asks for the weights of a decode step; -1: what is best for the processor.
-std::atomic<int64_t> g_prefetch{-1};
+// Negative: what is best for the processor.
+std::atomic<int64_t> g_prefetch_first{-1}, g_prefetch_second{-1};
 
 // Hands out aligned pieces of one block. Laid out twice: once over nothing, to learn the size.
 class Arena {
@@ -60,15 +60,25 @@ const float* row_of(const float* matrix, int64_t row, int64_t columns) {
 
 }  // namespace
 
-int64_t prefetch_bytes(const WeightLayout& layout) {
-  if (const int64_t set = g_prefetch.load(); set >= 0) return set;
-  // Against 1 KiB, two threads gain 6 % in int4 and int8 on an Ice Lake, and on a Zen 5 15 % in int4, Q4_K
-  // and fp8, 2 % in int8. A Zen 4 is 7 to 24 % faster by itself where a byte or more is read for a weight.
-  if (!cpu_is_zen4()) return 8192;
+Prefetch prefetch(const WeightLayout& layout) {
+  const Prefetch set{g_prefetch_first.load(), g_prefetch_second.load()};
+  if (set.first_level >= 0 && set.second_level >= 0) return set;
   const int64_t bits = layout.code_bits();
-  return bits > 0 && bits < 8 ? 4096 : 0;
+  switch (processor()) {
+    case Processor::zen4:  // 7 to 24 % faster by itself where a byte or more is read for a weight
+      return bits > 0 && bits < 8 ? Prefetch{4096, 4096} : Prefetch{0, 0};
+    case Processor::amd:  // a Zen 5 gains 15 % over 1 KiB, and nothing from a second distance
+      return {8192, 8192};
+    case Processor::
+        other:  // an Emerald Rapids gains 10 to 15 % over 8 KiB for the first level alone
+      break;
+  }
+  return {4096, 8192};
 }
-void set_prefetch_bytes(int64_t bytes) { g_prefetch.store(bytes); }
+void set_prefetch(Prefetch bytes) {
+  g_prefetch_first.store(bytes.first_level);
+  g_prefetch_second.store(bytes.second_level);
+}
 
 void moe(const KernelTable& table, const MoeArgs& args) {
   const PackedExperts& experts = *args.experts;
@@ -93,8 +103,8 @@ void moe(const KernelTable& table, const MoeArgs& args) {
   job.runs = static_cast<int64_t>(experts.gate_up_runs().size());
   job.planes = args.exact ? gate_up.exact_planes : gate_up.planes;
   job.mid_planes = args.exact ? down.exact_planes : down.planes;
-  job.gate_up_prefetch = prefetch_bytes(experts.gate_up_layout);
-  job.down_prefetch = prefetch_bytes(experts.down_layout);
+  job.gate_up_prefetch = prefetch(experts.gate_up_layout);
+  job.down_prefetch = prefetch(experts.down_layout);
   const int64_t in_token_bytes = job.planes * gate_up.row_bytes(job.hidden_size);
   const int64_t mid_token_bytes = job.mid_planes * down.row_bytes(job.intermediate_size);
   // Both halves use the same tiles.
@@ -187,7 +197,7 @@ void linear(const KernelTable& table, const LinearArgs& args) {
   job.columns = weight.columns();
   job.bias = args.bias;
   job.planes = args.exact ? kernels.exact_planes : kernels.planes;
-  job.prefetch = prefetch_bytes(weight.layout);
+  job.prefetch = prefetch(weight.layout);
   const int64_t token_bytes = job.planes * kernels.row_bytes(weight.cols);
   TokenTile* tiles;
   with_scratch(*pool, [&](Arena& arena) {

@@ -59,9 +59,9 @@ double measure_dot_peak(const KernelTable& kernels, DotKind kind, int threads);
 // Bytes per second that `threads` threads read from `bytes` of memory, in 1e9. Best of a few passes.
 double measure_read_bandwidth(const KernelTable& kernels, int threads, size_t bytes);
 
-// How far ahead of the read position weights are asked for in decode, in bytes: what is best for the
-// processor, or for measuring any other distance; -1 for the best again.
-int64_t prefetch_bytes(const WeightLayout& layout);
-void set_prefetch_bytes(int64_t bytes);
+// How far ahead weights of a layout are asked for: what is best for the processor, or what has been set, for
+// measuring; of negative distances, the best again.
+Prefetch prefetch(const WeightLayout& layout);
+void set_prefetch(Prefetch bytes);
 
 }  // namespace ktcore

@@ -23,6 +23,11 @@ struct ActiveExpert {
   int32_t tile_begin, tile_end;  // its tiles
 };
 
+// How far ahead of its loads a thread asks for the weights of few tokens, in bytes, for either cache.
+struct Prefetch {
+  int64_t first_level, second_level;
+};
+
 // One call of `moe`, planned: pairs (token, expert) are sorted by expert. All memory is the caller's.
 struct MoeJob {
   ConstRows x;
@@ -46,7 +51,7 @@ struct MoeJob {
   uint8_t* up_encoded;  // tiles for up alone, where the layout is reordered
   uint8_t* mid_encoded;
   float* sum;
-  int64_t gate_up_prefetch, down_prefetch;  // how far ahead weights are asked for, in bytes
+  Prefetch gate_up_prefetch, down_prefetch;
 };
 
 struct LinearJob {
@@ -62,7 +67,7 @@ struct LinearJob {
   int planes;
   uint8_t* tokens_encoded;
   uint8_t* tiles_encoded;
-  int64_t prefetch;  // how far ahead weights are asked for, in bytes
+  Prefetch prefetch;
 };
 
 struct RouteJob {

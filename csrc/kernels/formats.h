@@ -46,6 +46,13 @@ static KT_INLINE typename S::F add_product(typename S::F sum, typename S::F a, t
 #endif
 }
 
+// Asks for what will be read later: soon after `p` into the first-level cache, still later into the second.
+template <class S>
+static KT_INLINE void ask_ahead(const uint8_t* p, Prefetch bytes) {
+  S::prefetch(p + bytes.first_level);
+  S::prefetch_l2(p + bytes.second_level);
+}
+
 // Groups [first, first + count) of the `groups` of a block.
 struct Range {
   int64_t first, count, groups;
@@ -211,7 +218,7 @@ struct Int8Channel {
 
   template <int R>
   KT_NOINLINE static void dot(const WeightLayout&, const uint8_t* block, Range range,
-                              const uint8_t* tile, float* out, int64_t prefetch) {
+                              const uint8_t* tile, float* out, Prefetch prefetch) {
     using Quad = Quads<S, R>;
     constexpr int V = vectors_at_once<S>(R, Quad::kCells);
     const float* x_scale = Codec::scales(tile, R, range.groups) + range.first * R;
@@ -235,7 +242,7 @@ struct Int8Channel {
           KT_UNROLL
           for (int v = 0; v < V; ++v) {
             const uint8_t* p = w + unit * kUnitBytes + v * S::kLanes * 4;
-            S::prefetch(p + prefetch);
+            ask_ahead<S>(p, prefetch);
             weight[v] = Quad::of_bytes(S::load_i(p));
           }
           Quad::template add<V, R>(sum, weight, a + unit * 2 * R * 4);
@@ -385,7 +392,7 @@ struct Coded {
 
   template <int R>
   KT_NOINLINE static void dot(const WeightLayout& layout, const uint8_t* block, Range range,
-                              const uint8_t* tile, float* out, int64_t prefetch) {
+                              const uint8_t* tile, float* out, Prefetch prefetch) {
     using Quad = Quads<S, R>;
     constexpr int V = vectors_at_once<S>(R, Quad::kCells);
     const int64_t end = range.first + range.count;
@@ -400,7 +407,7 @@ struct Coded {
       const uint8_t* group = groups.template begin<V>(range.first, v0);
       for (int64_t g = range.first;; group = groups.template next<V>(v0), a += 2 * kGroup * R) {
         // Codes alone are asked for, which is best, but for the scales of 5 and 6 bits: 3 %.
-        if constexpr (kLow == 4 && kHigh > 0) S::prefetch(group + kCodeBytes + prefetch);
+        if constexpr (kLow == 4 && kHigh > 0) ask_ahead<S>(group + kCodeBytes, prefetch);
         if constexpr (kSets == 2) {  // before the codes, as a Zen 4 follows ascending lines alone
           S::prefetch(group - 128);
           S::prefetch(group - 64);
@@ -495,7 +502,7 @@ struct Coded {
   static KT_INLINE void add_set(const WeightLayout& layout, const Groups<S, kSets>& groups,
                                 const uint8_t* group, int64_t g, int v0, I levels, const uint8_t* a,
                                 const float* x_scale, const int32_t* x_sum, F (&acc)[V][R],
-                                int64_t prefetch) {
+                                Prefetch prefetch) {
     using Quad = Quads<S, R>;
     constexpr int kQuads = 8 / kSets;
     const int64_t piece = g * kSets + kSet;
@@ -533,14 +540,14 @@ struct Coded {
 
   template <int kFirst, int V, int R, int... Q>
   static KT_INLINE void add_quads(typename Quads<S, R>::Sum (&sum)[V][R], I (&low)[V], I (&high)[V],
-                                  const uint8_t* w, I levels, const uint8_t* a, int64_t prefetch,
+                                  const uint8_t* w, I levels, const uint8_t* a, Prefetch prefetch,
                                   std::integer_sequence<int, Q...>) {
     (add_quad<kFirst + Q, Q == 0, V, R>(sum, low, high, w, levels, a, prefetch), ...);
   }
 
   template <int Q, bool kIsFirst, int V, int R>
   static KT_INLINE void add_quad(typename Quads<S, R>::Sum (&sum)[V][R], I (&low)[V], I (&high)[V],
-                                 const uint8_t* w, I levels, const uint8_t* a, int64_t prefetch) {
+                                 const uint8_t* w, I levels, const uint8_t* a, Prefetch prefetch) {
     using Quad = Quads<S, R>;
     if constexpr (Q % kLowQuads == 0) {
       load<V, R>(low, w + kParts.low_unit(Q) * kUnitBytes, prefetch);
@@ -557,11 +564,11 @@ struct Coded {
   }
 
   template <int V, int R>
-  static KT_INLINE void load(I (&raw)[V], const uint8_t* w, int64_t prefetch) {
+  static KT_INLINE void load(I (&raw)[V], const uint8_t* w, Prefetch prefetch) {
     KT_UNROLL
     for (int v = 0; v < V; ++v) {
       const uint8_t* p = w + v * S::kLanes * 4;
-      S::prefetch(p + prefetch);
+      ask_ahead<S>(p, prefetch);
       raw[v] = S::load_i(p);
     }
   }
@@ -668,7 +675,7 @@ struct Floats {
 
   template <int R>
   KT_NOINLINE static void dot(const WeightLayout& layout, const uint8_t* block, Range range,
-                              const uint8_t* tile, float* out, int64_t prefetch) {
+                              const uint8_t* tile, float* out, Prefetch prefetch) {
     constexpr int V = vectors_at_once<S>(R, S::kFloatCells);
     const int64_t step = From::kScaled ? piece_groups(layout) : 4, last = range.first + range.count;
     Groups<S, 1> groups(layout, kGroupBytes, block);
@@ -734,8 +741,8 @@ struct Floats {
 
   template <int V, int R, int... I>
   static KT_INLINE void add_columns(F (&sum)[V][R], const uint8_t* w, int v0, const float* x,
-                                    int64_t prefetch, std::integer_sequence<int, I...>) {
-    for (int64_t at = 0; at < From::kBytes; at += 64) S::prefetch(w + prefetch + at);
+                                    Prefetch prefetch, std::integer_sequence<int, I...>) {
+    for (int64_t at = 0; at < From::kBytes; at += 64) ask_ahead<S>(w + at, prefetch);
     (add_one<I, V, R>(sum, w, v0, x + I / 2 * 2 * R + I % 2), ...);
   }
   template <int I, int V, int R>
@@ -790,7 +797,7 @@ struct Bf16Pairs {
 
   template <int R>
   KT_NOINLINE static void dot(const WeightLayout& layout, const uint8_t* block, Range range,
-                              const uint8_t* tile, float* out, int64_t prefetch) {
+                              const uint8_t* tile, float* out, Prefetch prefetch) {
     constexpr int V = vectors_at_once<S>(R, S::kFloatCells);
     const int64_t step = From::kScaled ? piece_groups(layout) : range.count;
     const int64_t last = range.first + range.count;
@@ -831,10 +838,10 @@ struct Bf16Pairs {
 
   template <int V, int R, int... I>
   static KT_INLINE void add_pairs(typename S::F (&sum)[V][R], const uint8_t* w, int v0,
-                                  const uint8_t* x, int64_t prefetch,
+                                  const uint8_t* x, Prefetch prefetch,
                                   std::integer_sequence<int, I...>) {
     KT_UNROLL
-    for (int v = v0; v < v0 + V; ++v) S::prefetch(w + v * S::kLanes * 4 + prefetch);
+    for (int v = v0; v < v0 + V; ++v) ask_ahead<S>(w + v * S::kLanes * 4, prefetch);
     (add_pair<I, V, R>(sum, w, v0, x + I * Codec::kPairBytes * R), ...);
   }
   template <int I, int V, int R>
@@ -861,7 +868,7 @@ using F8 = std::conditional_t<S::kBf16Dot, Bf16Pairs<S, PairsFromF8<S>>, Floats<
 // Calls dot<R> for a run-time R.
 template <class Format, int R = Format::kMaxRows>
 static KT_INLINE void dot_block(const WeightLayout& layout, int rows, const uint8_t* block,
-                                Range range, const uint8_t* tile, float* out, int64_t prefetch) {
+                                Range range, const uint8_t* tile, float* out, Prefetch prefetch) {
   if (rows == R) return Format::template dot<R>(layout, block, range, tile, out, prefetch);
   if constexpr (R > 1) {
     return dot_block<Format, R - 1>(layout, rows, block, range, tile, out, prefetch);
@@ -907,7 +914,7 @@ struct EncodedTiles {
 template <class S, class Format>
 KT_NOINLINE static void multiply(const WeightLayout& layout, const uint8_t* block, int64_t groups,
                                  const TokenTile* tiles, int count, int planes,
-                                 const EncodedTiles& encoded, float* out, int64_t prefetch) {
+                                 const EncodedTiles& encoded, float* out, Prefetch prefetch) {
   const auto place = [&](const TokenTile& tile) {
     return out + (tile.first - tiles[0].first) * planes * kBlockRows;
   };
