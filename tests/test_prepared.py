@@ -129,12 +129,30 @@ def test_rows_may_be_strided(served, rng):
     assert late and torch.equal(got, want)
 
 
+def test_other_types_of_routing(served, rng):
+    """What SGLang and transformers pass: experts as int32, weights in the activations' type."""
+    experts = inputs.experts("int4_g32", E, H, N)
+    x, ids, weights = moe_inputs(rng)
+    ids[1, 0] = -1
+    weights = weights.bfloat16()
+    with ktcore.use(**{"moe": registry.select(registry.Request("moe", "int4_g32")).backend}):
+        want, sooner = served.by(lambda: ops.moe(x, experts, ids, weights))
+    assert not sooner
+    ops.moe(x, experts, ids, weights)
+    for a, b in [(ids.int(), weights), (ids, weights.float()), (ids.int(), weights.float())]:
+        got, sooner = served.by(lambda a=a, b=b: ops.moe(x, experts, a, b))
+        assert sooner and torch.equal(got, want)
+    bad = ids.int()
+    bad[0, 1] = E
+    with pytest.raises(IndexError, match=r"topk_ids\[0, 1\] is 5"):
+        ops.moe(x, experts, bad, weights)
+
+
 def test_what_it_was_not_prepared_for_goes_the_long_way(served, rng):
     experts = inputs.experts("int4_g32", E, H, N)
     x, ids, weights = moe_inputs(rng)
     want = ops.moe(x, experts, ids, weights)
     others = {
-        "int32 ids": (x, ids.int(), weights),
         "weights of another type": (x, ids, weights.double()),
         "a column's stride": (x.T.contiguous().T, ids, weights),
         "turned ids": (x, ids.T.contiguous().T, weights),

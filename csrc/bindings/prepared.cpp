@@ -1,6 +1,7 @@
 #include "bindings/prepared.h"
 
 #include <atomic>
+#include <bit>
 #include <memory>
 #include <string>
 #include <utility>
@@ -177,11 +178,12 @@ struct PreparedMoe {
       return nullptr;
     }
     const dlpack::DataType& id = ids.raw.dtype;
-    if (!x.matrix() || !ids.matrix() || !weights.matrix() || !x.floats || x.type != args.x.dtype ||
-        x.rows != args.tokens || x.columns != args.experts->hidden_size || ids.rows != x.rows ||
-        weights.rows != x.rows || ids.columns < 1 || ids.columns != weights.columns ||
-        id.code != dlpack::kInt || id.bits != 64 || !ids.dense() || !weights.floats ||
-        weights.type != DType::f32 || !weights.dense()) {
+    if (!x.matrix() || !x.floats || x.type != args.x.dtype || x.rows != args.tokens ||
+        x.columns != args.experts->hidden_size || !ids.matrix() || ids.rows != x.rows ||
+        ids.columns < 1 || !ids.dense() || id.code != dlpack::kInt ||
+        (id.bits != 64 && id.bits != 32) || !weights.matrix() || weights.rows != x.rows ||
+        weights.columns != ids.columns || !weights.dense() || !weights.floats ||
+        weights.type == DType::f16) {
       return nullptr;
     }
     PyObject* const like[] = {arguments[0], torch().contiguous};
@@ -196,6 +198,21 @@ struct PreparedMoe {
     call.top_k = ids.columns;
     call.ids = static_cast<const int64_t*>(ids.data);
     call.weights = static_cast<const float*>(weights.data);
+    const int64_t pairs = ids.rows * ids.columns;
+    std::vector<int64_t> wide_ids;
+    if (id.bits == 32) {
+      const auto* from = static_cast<const int32_t*>(ids.data);
+      wide_ids.assign(from, from + pairs);
+      call.ids = wide_ids.data();
+    }
+    std::vector<float> wide_weights;
+    if (weights.type == DType::bf16) {
+      for (int64_t i = 0; i < pairs; ++i) {
+        const uint32_t bits = static_cast<const uint16_t*>(weights.data)[i];
+        wide_weights.push_back(std::bit_cast<float>(bits << 16));
+      }
+      call.weights = wide_weights.data();
+    }
     {
       py::gil_scoped_release release;
       moe(*table, call);
