@@ -488,6 +488,7 @@ def test_bench_measures_keeps_and_shows(run, monkeypatch):
     monkeypatch.setattr(_native, "available_threads", lambda: 24)
     fake = SimpleNamespace(
         isas=_native.ext.isas,
+        set_generation=_native.ext.set_generation,
         get_num_threads=lambda: 24,
         measure_read_bandwidth=lambda threads, nbytes: 7.25 * threads,
         measure_dot_peak=lambda isa, kind, threads: 100.0 * threads,
