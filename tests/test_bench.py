@@ -420,6 +420,7 @@ def test_few_experts_are_materialised_where_memory_is_short():
         {"threads": 0},
         {"experts": 1},
         {"experts": 9},
+        {"formats": ("int8", "q4_k")},  # whose rows are multiples of 256
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes):

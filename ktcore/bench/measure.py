@@ -545,6 +545,12 @@ def _check(s: Settings) -> None:
             f"experts: expected {s.shape.top_k} (top_k) to {s.shape.num_experts} (num_experts), "
             f"got {s.experts}"
         )
+    nbytes = layer_bytes(s.op, s.shape.hidden_size, s.shape.intermediate_size)
+    for name in (get_format(format).name for format in s.formats):
+        try:
+            nbytes(name)
+        except ValueError as error:
+            raise ValueError(f"format: {name} cannot store these sizes: {error}") from None
 
 
 def _skip(cell: Cell, reason: str) -> None:
