@@ -224,9 +224,7 @@ def operators(backend: str) -> list[Implementation]:
         generation: int,
         hidden_states: Tensor,
         experts: ExpertWeights,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        *,
+        *_routing: Tensor,
         activation: str,
         exact: bool,
     ) -> object:

@@ -157,44 +157,59 @@ void def_call(py::module_& m) {
   m.attr(Call::kName) = py::reinterpret_steal<py::object>(PyCFunction_New(&definition, nullptr));
 }
 
-struct PreparedMoe {
+// What calls of either operator keep, and what they do alike.
+template <class Args, void (*kOperator)(const KernelTable&, const Args&)>
+struct Prepared {
+  int64_t generation;
+  Args args{};
+  const KernelTable* table;
+  py::object packed;
+
+  // Whether a call of these rows, and with this `exact`, is like the one that was prepared for.
+  bool takes(const Matrix& x, int64_t columns, PyObject* exact) const {
+    return x.floats && x.type == args.x.dtype && x.rows == args.tokens && x.columns == columns &&
+           exact == (args.exact ? Py_True : Py_False);
+  }
+
+  // Computes a call on `x` into a tensor that was made for it, which it returns.
+  static PyObject* compute(const KernelTable& table, Args call, const Matrix& x,
+                           py::object result) {
+    Matrix out;
+    if (!result || !out.look_into(result.ptr())) return nullptr;
+    call.x.data = x.data;
+    call.x.stride = x.stride;
+    call.out = {const_cast<void*>(out.data), out.columns, x.type};
+    {
+      py::gil_scoped_release release;
+      kOperator(table, call);
+    }
+    return result.release().ptr();
+  }
+};
+
+struct PreparedMoe : Prepared<MoeArgs, moe> {
   static constexpr const char* kName = "prepared_moe";
   static constexpr Py_ssize_t kArguments = 5;
 
-  int64_t generation;
-  MoeArgs args{};
-  const KernelTable* table;
-  py::object packed, activation;
+  py::object activation;
   py::tuple biases;
 
   // A new reference, or null, possibly with an exception set.
   PyObject* operator()(PyObject* const* arguments) const {
-    if (arguments[3] != activation.ptr() || arguments[4] != (args.exact ? Py_True : Py_False)) {
-      return nullptr;
-    }
     Matrix x, ids, weights;
-    if (!x.look_into(arguments[0]) || !ids.look_into(arguments[1]) ||
-        !weights.look_into(arguments[2])) {
+    if (arguments[3] != activation.ptr() || !x.look_into(arguments[0]) ||
+        !ids.look_into(arguments[1]) || !weights.look_into(arguments[2])) {
       return nullptr;
     }
     const dlpack::DataType& id = ids.raw.dtype;
-    if (!x.matrix() || !x.floats || x.type != args.x.dtype || x.rows != args.tokens ||
-        x.columns != args.experts->hidden_size || !ids.matrix() || ids.rows != x.rows ||
-        ids.columns < 1 || !ids.dense() || id.code != dlpack::kInt ||
+    if (!x.matrix() || !takes(x, args.experts->hidden_size, arguments[4]) || !ids.matrix() ||
+        ids.rows != x.rows || ids.columns < 1 || !ids.dense() || id.code != dlpack::kInt ||
         (id.bits != 64 && id.bits != 32) || !weights.matrix() || weights.rows != x.rows ||
         weights.columns != ids.columns || !weights.dense() || !weights.floats ||
         weights.type == DType::f16) {
       return nullptr;
     }
-    PyObject* const like[] = {arguments[0], torch().contiguous};
-    py::object result = py::reinterpret_steal<py::object>(
-        PyObject_Vectorcall(torch().empty_like, like, 1, torch().memory_format));
-    Matrix out;
-    if (!result || !out.look_into(result.ptr())) return nullptr;
     MoeArgs call = args;
-    call.x.data = x.data;
-    call.x.stride = x.stride;
-    call.out = {const_cast<void*>(out.data), out.columns, x.type};
     call.top_k = ids.columns;
     call.ids = static_cast<const int64_t*>(ids.data);
     call.weights = static_cast<const float*>(weights.data);
@@ -213,31 +228,21 @@ struct PreparedMoe {
       }
       call.weights = wide_weights.data();
     }
-    {
-      py::gil_scoped_release release;
-      moe(*table, call);
-    }
-    return result.release().ptr();
+    PyObject* const like[] = {arguments[0], torch().contiguous};
+    return compute(*table, call, x,
+                   py::reinterpret_steal<py::object>(
+                       PyObject_Vectorcall(torch().empty_like, like, 1, torch().memory_format)));
   }
 };
 
-struct PreparedLinear {
+struct PreparedLinear : Prepared<LinearArgs, linear> {
   static constexpr const char* kName = "prepared_linear";
   static constexpr Py_ssize_t kArguments = 3;
-
-  int64_t generation;
-  LinearArgs args{};
-  const KernelTable* table;
-  py::object packed;
 
   PyObject* operator()(PyObject* const* arguments) const {
     Matrix x, bias;
     const bool biased = arguments[1] != Py_None;
-    if (arguments[2] != (args.exact ? Py_True : Py_False) || !x.look_into(arguments[0]) ||
-        !x.floats || x.type != args.x.dtype || x.rows != args.tokens ||
-        x.columns != args.weight->cols) {
-      return nullptr;
-    }
+    if (!x.look_into(arguments[0]) || !takes(x, args.weight->cols, arguments[2])) return nullptr;
     if (biased && (!bias.look_into(arguments[1]) || bias.raw.ndim != 1 || !bias.floats ||
                    bias.type != DType::f32 || bias.columns != args.weight->rows)) {
       return nullptr;
@@ -248,57 +253,52 @@ struct PreparedLinear {
     }
     static PyObject* const name = PyUnicode_InternFromString("new_empty");
     PyObject* const like[] = {arguments[0], shape.ptr()};
-    py::object result =
-        py::reinterpret_steal<py::object>(PyObject_VectorcallMethod(name, like, 2, nullptr));
-    Matrix out;
-    if (!result || !out.look_into(result.ptr())) return nullptr;
     LinearArgs call = args;
-    call.x.data = x.data;
-    call.x.stride = x.stride;
-    call.out = {const_cast<void*>(out.data), out.columns, x.type};
     call.bias = biased ? static_cast<const float*>(bias.data) : nullptr;
-    {
-      py::gil_scoped_release release;
-      linear(*table, call);
-    }
-    return result.release().ptr();
+    return compute(
+        *table, call, x,
+        py::reinterpret_steal<py::object>(PyObject_VectorcallMethod(name, like, 2, nullptr)));
   }
 };
 
-py::object prepare_linear(int64_t generation, const std::string& isa, py::object packed,
-                          const py::object& x, bool exact) {
+// A call prepared for rows like `x`; null if they, or this torch, cannot be looked into.
+template <class Call, class Weights>
+std::unique_ptr<Call> prepare(int64_t generation, const std::string& isa, py::object packed,
+                              const py::object& x, bool exact, const Weights*& weights) {
   Matrix rows;
-  if (torch().describe == nullptr || !rows.look_into(x.ptr()) || !rows.floats) return py::none();
-  auto call = std::make_unique<PreparedLinear>();
+  if (torch().describe == nullptr || !rows.look_into(x.ptr()) || !rows.floats) return nullptr;
+  auto call = std::make_unique<Call>();
   call->generation = generation;
-  call->args.weight = &packed.cast<const PackedMatrix&>();
+  weights = &packed.cast<const Weights&>();
   call->args.x.dtype = rows.type;
   call->args.tokens = rows.rows;
   call->args.exact = exact;
   call->table = &kernels(isa);
   call->packed = std::move(packed);
+  return call;
+}
+
+py::object prepare_linear(int64_t generation, const std::string& isa, py::object packed,
+                          const py::object& x, bool exact) {
+  const PackedMatrix* weight = nullptr;
+  auto call = prepare<PreparedLinear>(generation, isa, std::move(packed), x, exact, weight);
+  if (!call) return py::none();
+  call->args.weight = weight;
   return owned(std::move(call));
 }
 
 py::object prepare_moe(int64_t generation, const std::string& isa, py::object packed,
                        const py::object& hidden_states, py::tuple biases, py::object activation,
                        int code, bool exact) {
-  Matrix x;
-  if (torch().describe == nullptr || !x.look_into(hidden_states.ptr()) || !x.floats) {
-    return py::none();
-  }
-  auto call = std::make_unique<PreparedMoe>();
-  call->generation = generation;
-  call->args.experts = &packed.cast<const PackedExperts&>();
-  call->args.x.dtype = x.type;
-  call->args.tokens = x.rows;
+  const PackedExperts* experts = nullptr;
+  auto call =
+      prepare<PreparedMoe>(generation, isa, std::move(packed), hidden_states, exact, experts);
+  if (!call) return py::none();
+  call->args.experts = experts;
   call->args.gate_bias = bias_of(biases[0]);
   call->args.up_bias = bias_of(biases[1]);
   call->args.down_bias = bias_of(biases[2]);
   call->args.activation = static_cast<Activation>(code);
-  call->args.exact = exact;
-  call->table = &kernels(isa);
-  call->packed = std::move(packed);
   call->activation = std::move(activation);
   call->biases = std::move(biases);
   return owned(std::move(call));
