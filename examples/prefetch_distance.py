@@ -2,10 +2,12 @@
 """How far ahead weights are best asked for: one expert layer at several distances.
 
     python examples/prefetch_distance.py
-    python examples/prefetch_distance.py --format q4_k --distance 4096,8192 --distance 8192,8192
+    python examples/prefetch_distance.py --format q4_k --distance 4096,8192,2 --distance 8192,8192,2
+    python examples/prefetch_distance.py --tokens 512 --rounds 2 --distance 0,0,1 --distance 0,0,2
 
-A distance is that for the first-level cache and that for the second, in bytes; -1,-1 is what
-ktcore takes for this processor. The layer is that of examples/thread_scaling.py. Distances take
+A distance is that for the first-level cache and that for the second, in bytes, with few tokens,
+and of how many lines one is asked for with many; -1,-1,-1 is what ktcore takes for this
+processor. The layer is that of examples/thread_scaling.py. Distances take
 turns, each after some calls that do not count; prints medians in microseconds and, in brackets,
 times over that of the first distance in the same round. Needs ktcore with its extension.
 """
@@ -19,7 +21,8 @@ import torch
 import typer
 from thread_scaling import EXPERTS, HIDDEN, LAYERS, TOP_K, layer, timed
 
-DISTANCES = ["-1,-1", "0,0", "1024,1024", "4096,4096", "8192,8192", "2048,8192", "4096,8192"]
+BEST = "-1,-1,-1"
+DISTANCES = [BEST, "0,0,1", "4096,4096,2", "8192,8192,2", "2048,8192,1", "4096,8192,2"]
 WARM, CALLS = 5, 30
 
 
@@ -33,12 +36,14 @@ def main(
     from ktcore import _native
 
     distances = [tuple(int(n) for n in d.split(",")) for d in distance or DISTANCES]
-    if any(len(d) != 2 for d in distances):
-        raise typer.BadParameter("expected two numbers, such as 4096,8192", param_hint="--distance")
+    if any(len(d) != 3 for d in distances):
+        raise typer.BadParameter(
+            "expected three numbers, such as 4096,8192,2", param_hint="--distance"
+        )
     torch.manual_seed(0)
     x = torch.randn(tokens, HIDDEN, dtype=torch.bfloat16)
     weights = torch.full((tokens, TOP_K), 1 / TOP_K)
-    print("| format |" + "".join(f" {a}, {b} |" for a, b in distances))
+    print("| format |" + "".join(f" {a}, {b}, {c} |" for a, b, c in distances))
     print("| --- |" + " ---: |" * len(distances))
     with torch.inference_mode():
         for name in format or ["int4", "q4_k", "q6_k", "int8", "bf16"]:
@@ -58,7 +63,7 @@ def main(
                 for one in times
             )
             print(f"| {name} |" + "".join(cells), flush=True)
-    _native.ext.set_prefetch(-1, -1)
+    _native.ext.set_prefetch(*(int(n) for n in BEST.split(",")))
 
 
 if __name__ == "__main__":

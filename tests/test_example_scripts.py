@@ -287,7 +287,7 @@ def test_prefetch_distances_are_compared(monkeypatch, capsys):
     asked = []
     set_prefetch = _native.ext.set_prefetch
     monkeypatch.setattr(_native.ext, "set_prefetch", lambda *d: asked.append(d) or set_prefetch(*d))
-    prefetch_distance.main(format=["int8"], distance=["0,0", "64,128"], tokens=2, rounds=2)
+    prefetch_distance.main(format=["int8"], distance=["0,0,1", "64,128,2"], tokens=2, rounds=2)
     row = capsys.readouterr().out.splitlines()[-1]
     assert row.startswith("| int8 |") and row.count("(") == 2
-    assert asked == [(0, 0), (64, 128)] * 2 + [(-1, -1)]  # and what is best is back
+    assert asked == [(0, 0, 1), (64, 128, 2)] * 2 + [(-1, -1, -1)]  # and what is best is back

@@ -62,6 +62,6 @@ double measure_read_bandwidth(const KernelTable& kernels, int threads, size_t by
 // How far ahead weights of a layout are asked for: what is best for the processor, or what has been set, for
 // measuring; of negative distances, the best again.
 Prefetch prefetch(const WeightLayout& layout);
-void set_prefetch(Prefetch bytes);
+void set_prefetch(Prefetch prefetch);
 
 }  // namespace ktcore

@@ -23,9 +23,10 @@ struct ActiveExpert {
   int32_t tile_begin, tile_end;  // its tiles
 };
 
-// How far ahead of its loads a thread asks for the weights of few tokens, in bytes, for either cache.
+// How far ahead of its loads a thread asks for the weights of few tokens, in bytes, for either cache;
+// with many tokens, of how many lines it asks for one: 2 where the processor fetches them in pairs.
 struct Prefetch {
-  int64_t first_level, second_level;
+  int64_t first_level, second_level, panel_step;
 };
 
 // One call of `moe`, planned: pairs (token, expert) are sorted by expert. All memory is the caller's.

@@ -63,14 +63,14 @@ struct Range {
 static constexpr int64_t kPanelGroups = 8;
 
 // What is to come from memory into the second-level cache while a panel is multiplied: so many lines
-// for each group. At once they would hold up the loads of the activations. Processors fetch lines in
-// pairs, so every second one is asked for: each holds a fill buffer until it is there.
+// for each group. At once they would hold up the loads of the activations. Where a processor fetches lines
+// in pairs, every second one is asked for: each holds a fill buffer until it is there.
 template <class S>
 struct Ahead {
   const uint8_t* at;
-  int64_t lines;
+  int64_t lines, step_lines;
   KT_INLINE void step() {
-    for (int64_t line = 0; line < lines; line += 2) S::prefetch_l2(at + line * 64);
+    for (int64_t line = 0; line < lines; line += step_lines) S::prefetch_l2(at + line * 64);
     at += lines * 64;
   }
 };
@@ -946,13 +946,15 @@ KT_NOINLINE static void multiply(const WeightLayout& layout, const uint8_t* bloc
     typename Format::Panel panel;
     constexpr int64_t kStep = Format::Panel::kGroups;
     // What the next panel, or the next block, is made of comes from memory meanwhile.
-    const int64_t lines = 2 * ceil_div(layout.group_bytes() / 128, count);
+    const int64_t step = prefetch.panel_step;
+    const int64_t lines = step * ceil_div(ceil_div(layout.group_bytes(), 64 * step), count);
     each(
         kStep, [&](Range range) { Format::expand(layout, block, range, panel); },
         [&](int i, Range range) {
           const uint8_t* next = block + layout.group_at(range.first + kStep);
           dot_panel<S, Format>(tiles[i].tokens * planes, panel, range, encoded(tiles[i]),
-                               place(tiles[i]), Ahead<S>{next + i * kStep * lines * 64, lines});
+                               place(tiles[i]),
+                               Ahead<S>{next + i * kStep * lines * 64, lines, step});
         });
   }
   Format::finish(block, groups, out, rows);
