@@ -273,9 +273,8 @@ PYBIND11_MODULE(_C, m) {
       "set_prefetch",
       [](int64_t first, int64_t second, int64_t step) { set_prefetch({first, second, step}); },
       py::arg("first_level"), py::arg("second_level"), py::arg("panel_step"),
-      "How many bytes ahead the weights of few tokens are asked for, for either cache, and of how "
-      "many lines "
-      "one with many tokens; -1, -1, -1: as is best.");
+      "How many bytes ahead the weights of few tokens are asked for, for either cache; of how many "
+      "lines one is, with many tokens; -1, -1, -1: as is best.");
   m.def("allowed_nodes", &allowed_nodes, "NUMA nodes whose memory this process may use.");
   m.def("set_memory_nodes", &set_memory_nodes);
   m.def("get_memory_nodes", &memory_nodes, "NUMA nodes over which packed weights are spread.");
