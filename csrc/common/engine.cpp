@@ -60,17 +60,19 @@ const float* row_of(const float* matrix, int64_t row, int64_t columns) {
 
 }  // namespace
 
-Prefetch prefetch(const WeightLayout& layout) {
+Prefetch prefetch(const WeightLayout& layout, int64_t rows) {
   const Prefetch set{g_prefetch_first.load(), g_prefetch_second.load(), g_prefetch_panel.load()};
   if (set.first_level >= 0 && set.second_level >= 0 && set.panel_step > 0) return set;
   const int64_t bits = layout.code_bits();
+  const int64_t bytes = layout.value_bytes() / (kGroup * kBlockRows);  // of a weight
   switch (processor()) {
-    // 7 to 24 % faster by itself where a byte or more is read for a weight; codes in two parts gain 7
-    // to 13 % from two distances. It fetches no lines in pairs: every one, against every other one,
-    // gains 10 to 15 % with panels.
+    // 7 to 24 % faster by itself where a byte or more is read for a weight and few rows take little
+    // time; else such weights gain 7 to 20 % from two distances, as codes in two parts do. It fetches
+    // no lines in pairs: every one, against every other one, gains 10 to 15 % with panels.
     case Processor::zen4:
-      if (bits == 0 || bits == 8) return {0, 0, 1};
-      return bits > 4 ? Prefetch{2048, 8192, 1} : Prefetch{4096, 4096, 1};
+      if (bits > 0 && bits <= 4) return {4096, 4096, 1};
+      if (rows < 4 * bytes) return {0, 0, 1};
+      return {2048, 8192, 1};
     // A Zen 5 gains 15 % over 1 KiB, and nothing from a second distance.
     case Processor::amd: return {8192, 8192, 2};
     // An Emerald Rapids gains 10 to 15 % over 8 KiB for the first level alone.
@@ -107,8 +109,6 @@ void moe(const KernelTable& table, const MoeArgs& args) {
   job.runs = static_cast<int64_t>(experts.gate_up_runs().size());
   job.planes = args.exact ? gate_up.exact_planes : gate_up.planes;
   job.mid_planes = args.exact ? down.exact_planes : down.planes;
-  job.gate_up_prefetch = prefetch(experts.gate_up_layout);
-  job.down_prefetch = prefetch(experts.down_layout);
   const int64_t in_token_bytes = job.planes * gate_up.row_bytes(job.hidden_size);
   const int64_t mid_token_bytes = job.mid_planes * down.row_bytes(job.intermediate_size);
   // Both halves use the same tiles.
@@ -180,6 +180,9 @@ void moe(const KernelTable& table, const MoeArgs& args) {
   job.expert = active;
   job.tiles = tiles;
   job.tile_count = tile_count;
+  const int64_t rows = active_count == 0 ? 0 : job.pairs / active_count;
+  job.gate_up_prefetch = prefetch(experts.gate_up_layout, rows);
+  job.down_prefetch = prefetch(experts.down_layout, rows);
   gate_up.gate_up[static_cast<int>(down.encoding)](job, *pool);
   down.down(job, *pool);
 }
@@ -201,7 +204,7 @@ void linear(const KernelTable& table, const LinearArgs& args) {
   job.columns = weight.columns();
   job.bias = args.bias;
   job.planes = args.exact ? kernels.exact_planes : kernels.planes;
-  job.prefetch = prefetch(weight.layout);
+  job.prefetch = prefetch(weight.layout, args.tokens);
   const int64_t token_bytes = job.planes * kernels.row_bytes(weight.cols);
   TokenTile* tiles;
   with_scratch(*pool, [&](Arena& arena) {

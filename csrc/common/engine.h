@@ -59,9 +59,9 @@ double measure_dot_peak(const KernelTable& kernels, DotKind kind, int threads);
 // Bytes per second that `threads` threads read from `bytes` of memory, in 1e9. Best of a few passes.
 double measure_read_bandwidth(const KernelTable& kernels, int threads, size_t bytes);
 
-// How far ahead weights of a layout are asked for: what is best for the processor, or what has been set, for
-// measuring; of negative distances, the best again.
-Prefetch prefetch(const WeightLayout& layout);
+// How far ahead weights of a layout are asked for that are multiplied with so many rows: what is best for the
+// processor, or what has been set, for measuring; of negative distances, the best again.
+Prefetch prefetch(const WeightLayout& layout, int64_t rows);
 void set_prefetch(Prefetch prefetch);
 
 }  // namespace ktcore
