@@ -60,7 +60,7 @@ double measure_dot_peak(const KernelTable& kernels, DotKind kind, int threads);
 double measure_read_bandwidth(const KernelTable& kernels, int threads, size_t bytes);
 
 // How far ahead weights of a layout are asked for that are multiplied with so many rows: what is best for the
-// processor, or what has been set, for measuring; of negative distances, the best again.
+// processor, or what has been set, for measuring; of negative numbers or no step, the best again.
 Prefetch prefetch(const WeightLayout& layout, int64_t rows);
 void set_prefetch(Prefetch prefetch);
 
