@@ -4,7 +4,7 @@
 
 Brings .ktcore-env up to date, as ci/test.py does, and adds ONNX Runtime, torchao and kt-kernel;
 builds llama.cpp (ci/llama_cpp.py, ten to thirty minutes the first time) and a program that computes
-one expert layer with it; and prints the command that measures. Linux, with a C++ compiler.
+one layer with it; and prints the command that measures. Linux, with a C++ compiler.
 """
 
 import sys
@@ -16,8 +16,8 @@ from _environment import SetupError
 
 PACKAGES = ("onnxruntime==1.32.0", "onnx==1.23.2", "torchao==0.18.0")
 ALONE = "kt-kernel==0.7.2"  # without what it wants for itself: it is given its weights here
-SOURCE = _environment.ROOT / "ci" / "peers" / "ggml_moe.cpp"
-PROGRAM = llama_cpp.PEERS / "ggml-moe"
+SOURCE = _environment.ROOT / "ci" / "peers" / "ggml_layer.cpp"
+PROGRAM = llama_cpp.PEERS / "ggml-layer"
 
 
 def install(python):
@@ -54,7 +54,7 @@ def main(arguments):
     # With the environment's Python, beside which CMake is.
     if _environment.call([python, str(_environment.ROOT / "ci" / "llama_cpp.py")]):
         raise SetupError("llama.cpp could not be built")
-    with _environment.step("Building the program for llama.cpp's expert layer"):
+    with _environment.step("Building the program for llama.cpp's layer"):
         build_program()
     print(f"\n{python} -m ktcore.cli bench --peers --format bf16 --format int4 --format q4_k")
     return 0

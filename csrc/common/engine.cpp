@@ -65,15 +65,15 @@ Prefetch prefetch(const WeightLayout& layout, int64_t rows) {
   if (set.first_level >= 0 && set.second_level >= 0 && set.panel_step > 0) return set;
   const int64_t bits = layout.value_bytes() * 8 / (kGroup * kBlockRows);  // of a weight
   switch (processor()) {
-    // 7 to 24 % faster by itself where a byte or more is read for a weight and few rows take little
-    // time; else such weights gain 7 to 20 % from two distances, as codes in two parts do. It fetches
-    // no lines in pairs: every one, against every other one, gains 10 to 15 % with panels.
+    // A Zen 4 is 7 to 24 % faster by itself where a byte or more is read for a weight and few rows take
+    // little time; else such weights gain 7 to 20 % from two distances, as codes in two parts do.
     case Processor::zen4:
-      if (bits <= 4) return {4096, 4096, 1};
       if (bits >= 8 && rows < bits / 2) return {0, 0, 1};
-      return {2048, 8192, 1};
-    // A Zen 5 gains 15 % over 1 KiB, and nothing from a second distance.
-    case Processor::amd: return {8192, 8192, 2};
+      if (bits > 4) return {2048, 8192, 1};
+      [[fallthrough]];
+    // A Zen 5 gains 18 % over 1 KiB, and nothing from a second distance. Neither fetches lines in pairs:
+    // every one, against every other one, gains 2 to 15 % with panels.
+    case Processor::amd: return {4096, 4096, 1};
     // An Emerald Rapids gains 10 to 15 % over 8 KiB for the first level alone.
     case Processor::other: break;
   }

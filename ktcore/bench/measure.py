@@ -355,7 +355,9 @@ class Bench:
             if not self._of(name, format):
                 continue
             try:
-                session = peers()[name].open(get_format(format), shape, self.settings.threads)
+                session = peers()[name].open(
+                    self.settings.op, get_format(format), shape, self.settings.threads
+                )
             except Exception as error:
                 self._fail_all(name, format, error)
                 continue

@@ -18,16 +18,19 @@ from torch import Tensor
 
 from ktcore.bench.presets import Shape
 from ktcore.formats import Format
+from ktcore.weights import ExpertWeights, QuantTensor
 
-Timed = tuple[Tensor, float]  # the result [T, H] of a call, and the seconds that it took
+Timed = tuple[Tensor, float]  # the result [T, ...] of a call, and the seconds that it took
 
 
 class Session(abc.ABC):
-    """A peer at work: the layers of one format that it was given, in its own form."""
+    """A peer at work: the weights of one format that it was given, in its own form."""
 
     @abc.abstractmethod
     def add(self, weights: Any) -> None:
-        """Take a layer's weights, whose stored parts it may keep but not change."""
+        """Take a layer's weights, a matrix for `linear`, whose stored parts it may keep but not
+        change.
+        """
 
     @abc.abstractmethod
     def run(self, call: Any) -> Timed:
@@ -59,8 +62,22 @@ class Peer(abc.ABC):
         """Of what is installed."""
 
     @abc.abstractmethod
-    def open(self, format: Format, shape: Shape, threads: int) -> Session:
-        """Begin with no layers. The shape's experts are those that are materialised."""
+    def open(self, op: str, format: Format, shape: Shape, threads: int) -> Session:
+        """Begin with no layers, for one of `ops`. The shape's experts are those that are
+        materialised; `linear` multiplies by matrices [intermediate_size, hidden_size].
+        """
+
+
+def matrices_of(weights: ExpertWeights | QuantTensor) -> tuple[QuantTensor, ...]:
+    """Gate, up and down of an expert layer, or the one matrix of `linear`."""
+    if isinstance(weights, QuantTensor):
+        return (weights,)
+    return weights.gate, weights.up, weights.down
+
+
+def each_matrix(t: Tensor) -> Tensor:
+    """[E, O, ...] of experts as it is, [O, ...] of one matrix with an E of 1."""
+    return t if t.ndim == 3 else t[None]
 
 
 def timed(function: Callable[[], Tensor]) -> Timed:

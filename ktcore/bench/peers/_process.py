@@ -5,9 +5,11 @@ whatever is measured next; and what it dies of is an error here, not an end.
 
 The program reads commands, little-endian, and answers them:
 
-    'w' path '\\n'                      a layer's gate, up and down are in the file; answer: '+'
-    'r' layer tokens x ids weights     int32, int32, f32 [T, H], int32 and f32 [T, K];
-                                       answer: seconds f64, result f32 [T, H]
+    'w' path '\\n'                      a layer's gate, up and down are in the file, or the one
+                                       matrix [I, H] of `linear`; answer: '+'
+    'r' layer tokens x ids weights     int32, int32, f32 [T, H], int32 and f32 [T, K], the latter
+                                       two not for `linear`;
+                                       answer: seconds f64, result f32 [T, H], of `linear` [T, I]
 """
 
 from __future__ import annotations
@@ -23,10 +25,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ktcore.bench.peers import Session, Timed
+from ktcore.bench.peers import Session, Timed, matrices_of
 from ktcore.bench.presets import Shape
-from ktcore.bench.workload import Call
-from ktcore.weights import ExpertWeights, QuantTensor
+from ktcore.bench.workload import Call, Weights
+from ktcore.weights import QuantTensor
 
 
 def why_not() -> str:
@@ -40,7 +42,9 @@ class Process(Session):
     Args:
         command: the program and its first arguments; the shape's sizes follow.
         shape: of the layers.
-        stored: what goes into the file for a matrix [E, O, I], one tensor after the other.
+        stored: what goes into the file for a matrix [E, O, I], of `linear` [O, I], one tensor
+            after the other.
+        op: the operator, whose arguments are sent and whose result comes back.
     """
 
     def __init__(
@@ -48,8 +52,10 @@ class Process(Session):
         command: Sequence[object],
         shape: Shape,
         stored: Callable[[QuantTensor], list[Tensor]],
+        op: str = "moe",
     ):
-        self.hidden_size, self.stored = shape.hidden_size, stored
+        self.stored = stored
+        self.width = shape.intermediate_size if op == "linear" else shape.hidden_size
         sizes = (shape.hidden_size, shape.intermediate_size, shape.num_experts, shape.top_k)
         self.name = Path(str(command[0])).name
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `close`)
@@ -60,23 +66,22 @@ class Process(Session):
             stderr=self._said,
         )
 
-    def add(self, weights: ExpertWeights) -> None:
+    def add(self, weights: Weights) -> None:
         with tempfile.NamedTemporaryFile(prefix="ktcore-peer-") as file:
-            for weight in (weights.gate, weights.up, weights.down):
+            for weight in matrices_of(weights):
                 for t in self.stored(weight):
                     file.write(memoryview(t.contiguous().view(-1).view(torch.uint8).numpy()))
             file.flush()
             self._ask(b"w" + file.name.encode() + b"\n", 1)
 
     def run(self, call: Call) -> Timed:
-        x, ids, topk_weights = call.inputs
-        values = (x.float(), ids.to(torch.int32), topk_weights.float())
+        tokens = len(call.inputs[0])
+        values = [v.float() if v.is_floating_point() else v.to(torch.int32) for v in call.inputs]
         data = b"".join(v.contiguous().numpy().tobytes() for v in values)
-        answer = self._ask(
-            b"r" + struct.pack("<ii", call.layer, len(x)) + data, 8 + 4 * len(x) * self.hidden_size
-        )
+        head = b"r" + struct.pack("<ii", call.layer, tokens)
+        answer = self._ask(head + data, 8 + 4 * tokens * self.width)
         (seconds,) = struct.unpack_from("<d", answer)
-        return torch.frombuffer(answer, dtype=torch.float32, offset=8).view(len(x), -1), seconds
+        return torch.frombuffer(answer, dtype=torch.float32, offset=8).view(tokens, -1), seconds
 
     def close(self) -> None:
         self.process.kill()

@@ -32,7 +32,7 @@ class KtKernel(Peer):
     def version(self) -> str:
         return importlib.metadata.version("kt-kernel")
 
-    def open(self, format: Format, shape: Shape, threads: int) -> Session:
+    def open(self, op: str, format: Format, shape: Shape, threads: int) -> Session:
         command = (sys.executable, "-m", _kt_kernel.__name__, threads, format.name)
         return Process(command, shape, stored)
 

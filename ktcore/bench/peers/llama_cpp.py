@@ -1,7 +1,7 @@
-"""llama.cpp: the graph that it builds for a layer of Qwen3-MoE, on its CPU backend.
+"""llama.cpp: the graph that it builds for a layer of Qwen3-MoE, or one product, on its CPU backend.
 
 A program of its own computes it, linked with llama.cpp's libraries: `ci/peers.py` builds it from
-`ci/peers/ggml_moe.cpp`.
+`ci/peers/ggml_layer.cpp`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ktcore.bench.peers import Peer, Session
+from ktcore.bench.peers import Peer, Session, each_matrix
 from ktcore.bench.peers._process import Process, why_not
 from ktcore.bench.presets import Shape
 from ktcore.formats import Codes, Format
 from ktcore.weights import QuantTensor
 
 FOLDER = "KTCORE_PEERS"  # the environment variable that says where ci/peers.py built it
-PROGRAM = "ggml-moe"
+PROGRAM = "ggml-layer"
 # What llama.cpp calls the formats, and those that it stores otherwise, number by number the same.
 TYPES = {
     "f32": "f32", "f16": "f16", "bf16": "bf16",
@@ -53,7 +53,8 @@ def as_blocks(weight: QuantTensor) -> Tensor:
     if not torch.equal(scales.float(), stored.scales):
         raise ValueError(f"{weight.format.name}: scales beyond float16, which llama.cpp stores")
     experts = []
-    for expert, of in zip(stored.codes, scales, strict=True):  # indices are integers of four bytes
+    # One at a time: indices are integers of four bytes.
+    for expert, of in zip(each_matrix(stored.codes), each_matrix(scales), strict=True):
         codes = stored.levels[expert.int()].unflatten(-1, (-1, 32))
         if weight.format.name == "int4_g32":
             first, second = (codes + 8).view(torch.uint8).chunk(2, dim=-1)
@@ -66,6 +67,7 @@ def as_blocks(weight: QuantTensor) -> Tensor:
 
 class LlamaCpp(Peer):
     name = "llama.cpp"
+    ops = ("moe", "linear")
     formats = tuple(TYPES)
 
     def missing(self) -> str:
@@ -81,9 +83,9 @@ class LlamaCpp(Peer):
         name = (program().parent / "llama.cpp-version").read_text("utf-8").strip()
         return f"of llama-cpp-python {name}"
 
-    def open(self, format: Format, shape: Shape, threads: int) -> Session:
-        command = (program(), threads, TYPES[format.name])
-        return Process(command, shape, lambda weight: [as_blocks(weight)])
+    def open(self, op: str, format: Format, shape: Shape, threads: int) -> Session:
+        command = (program(), op, threads, TYPES[format.name])
+        return Process(command, shape, lambda weight: [as_blocks(weight)], op)
 
 
 PEERS = [LlamaCpp()]

@@ -6,11 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ktcore.bench.peers import Peer, Session, Timed, timed
+from ktcore.bench.peers import Peer, Session, Timed, matrices_of, timed
 from ktcore.bench.presets import Shape
 from ktcore.bench.workload import Call, Weights
 from ktcore.formats import Format
-from ktcore.weights import ExpertWeights
 
 
 class Loop(Session):
@@ -18,9 +17,7 @@ class Loop(Session):
         self.layers: list[tuple[Tensor, ...]] = []
 
     def add(self, weights: Weights) -> None:
-        experts = isinstance(weights, ExpertWeights)
-        matrices = (weights.gate, weights.up, weights.down) if experts else (weights,)
-        self.layers.append(tuple(w.parts["data"] for w in matrices))
+        self.layers.append(tuple(w.parts["data"] for w in matrices_of(weights)))
 
     def run(self, call: Call) -> Timed:
         matrices = self.layers[call.layer]
@@ -54,7 +51,7 @@ class PlainTorch(Peer):
     def version(self) -> str:
         return torch.__version__
 
-    def open(self, format: Format, shape: Shape, threads: int) -> Session:
+    def open(self, op: str, format: Format, shape: Shape, threads: int) -> Session:
         return Loop()
 
 

@@ -11,14 +11,15 @@ import importlib.util
 import logging
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ktcore.bench.peers import Peer, Session, Timed, timed
+from ktcore.bench.peers import Peer, Session, Timed, each_matrix, matrices_of, timed
 from ktcore.bench.peers.torch import moe
 from ktcore.bench.presets import Shape
-from ktcore.bench.workload import Call
+from ktcore.bench.workload import Call, Weights
 from ktcore.formats import Codes, Format
-from ktcore.weights import ExpertWeights, QuantTensor
+from ktcore.weights import QuantTensor
 
 GROUP = 32
 MIDDLE = 8  # the code that stands for zero
@@ -28,17 +29,23 @@ class Loop(Session):
     def __init__(self) -> None:
         self.layers: list[list[list[Tensor]]] = []
 
-    def add(self, weights: ExpertWeights) -> None:
-        self.layers.append([tensors(w) for w in (weights.gate, weights.up, weights.down)])
+    def add(self, weights: Weights) -> None:
+        self.layers.append([tensors(w) for w in matrices_of(weights)])
 
     def run(self, call: Call) -> Timed:
-        x, ids, topk_weights = call.inputs
-        x, topk_weights = x.to(torch.bfloat16), topk_weights.to(torch.bfloat16)
-        return timed(lambda: moe(x, ids, topk_weights, *self.layers[call.layer]))
+        x, *routing = call.inputs
+        x, matrices = x.to(torch.bfloat16), self.layers[call.layer]
+        if not routing:
+            return timed(lambda: F.linear(x, matrices[0][0]))
+        ids, topk_weights = routing
+        topk_weights = topk_weights.to(torch.bfloat16)
+        return timed(lambda: moe(x, ids, topk_weights, *matrices))
 
 
 def tensors(weight: QuantTensor) -> list[Tensor]:
-    """Each expert's matrix as torchao's tensor of the same codes and scales."""
+    """Each expert's matrix, or the one of `linear`, as torchao's tensor of the same codes and
+    scales.
+    """
     logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of its GPU kernels
     from torchao.prototype.quantization.int4.int4_opaque_tensor import Int4OpaqueTensor
     from torchao.quantization.utils import pack_tinygemm_scales_and_zeros
@@ -46,7 +53,7 @@ def tensors(weight: QuantTensor) -> list[Tensor]:
     stored = weight.format.codes(weight.parts, weight.shape)
     assert isinstance(stored, Codes) and isinstance(stored.codes, Tensor)
     out = []
-    for codes, scales in zip(stored.codes, stored.scales, strict=True):
+    for codes, scales in zip(*(each_matrix(t) for t in (stored.codes, stored.scales)), strict=True):
         integers = stored.levels.to(torch.int32)[codes.int()] + MIDDLE
         scales = scales.to(torch.bfloat16)
         out.append(
@@ -62,6 +69,7 @@ def tensors(weight: QuantTensor) -> list[Tensor]:
 
 class TorchAo(Peer):
     name = "torchao"
+    ops = ("moe", "linear")
     formats = ("int4_g32",)
 
     def missing(self) -> str:
@@ -70,7 +78,7 @@ class TorchAo(Peer):
     def version(self) -> str:
         return importlib.metadata.version("torchao")
 
-    def open(self, format: Format, shape: Shape, threads: int) -> Session:
+    def open(self, op: str, format: Format, shape: Shape, threads: int) -> Session:
         return Loop()
 
 

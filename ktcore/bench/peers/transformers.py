@@ -61,7 +61,7 @@ class Transformers(Peer):
     def version(self) -> str:
         return importlib.metadata.version("transformers")
 
-    def open(self, format: Format, shape: Shape, threads: int) -> Session:
+    def open(self, op: str, format: Format, shape: Shape, threads: int) -> Session:
         return Experts(shape, self.implementation)
 
 

@@ -1,18 +1,19 @@
-// An expert layer as llama.cpp computes it, to be timed beside ktcore's: see
-// ktcore/bench/peers/llama_cpp.py, which starts this program and speaks to it.
+// An expert layer, or a product with one matrix, as llama.cpp computes it, to be timed beside
+// ktcore's: see ktcore/bench/peers/llama_cpp.py, which starts this program and speaks to it.
 //
-//   ggml-moe THREADS TYPE HIDDEN INTERMEDIATE EXPERTS TOP_K
+//   ggml-layer moe|linear THREADS TYPE HIDDEN INTERMEDIATE EXPERTS TOP_K
 //
 // reads commands from standard input, little-endian:
 //
 //   'w' path\n                                 a layer's weights: gate, up and down, as a GGUF file
-//                                              stores them, one after the other
+//                                              stores them, one after the other; of `linear` one
+//                                              matrix [INTERMEDIATE][HIDDEN]
 //   'r' layer tokens x ids weights             int32, int32, f32 [tokens][HIDDEN], int32 and f32
-//                                              [tokens][TOP_K]
+//                                              [tokens][TOP_K]; of `linear` x alone
 //
 // and answers with one byte, '+', after 'w', and with the seconds (f64) and the result (f32
-// [tokens][HIDDEN]) after 'r'. Weights go where llama.cpp would put them, its repacking buffers
-// included; the graph is the one that it builds for Qwen3-MoE.
+// [tokens][HIDDEN], of `linear` [tokens][INTERMEDIATE]) after 'r'. Weights go where llama.cpp would
+// put them, its repacking buffers included; the graph is the one that it builds for Qwen3-MoE.
 #include <sys/prctl.h>
 
 #include <chrono>
@@ -32,7 +33,7 @@
 namespace {
 
 [[noreturn]] void fail(const std::string& why) {
-  std::fprintf(stderr, "ggml-moe: %s\n", why.c_str());
+  std::fprintf(stderr, "ggml-layer: %s\n", why.c_str());
   std::exit(1);
 }
 
@@ -41,6 +42,7 @@ void read_all(std::FILE* from, void* to, size_t bytes) {
 }
 
 struct Sizes {
+  bool experts_chosen;  // moe; else linear, which has no experts
   int64_t hidden, intermediate, experts, top_k;
 };
 
@@ -64,14 +66,24 @@ std::vector<ggml_backend_buffer_type_t> buffer_types(ggml_backend_dev_t cpu) {
   return types;
 }
 
+ggml_tensor* new_weight(ggml_context* context, ggml_type type, int64_t columns, int64_t rows,
+                        const Sizes& sizes) {
+  if (!sizes.experts_chosen) return ggml_new_tensor_2d(context, type, columns, rows);
+  return ggml_new_tensor_3d(context, type, columns, rows, sizes.experts);
+}
+
 // Whether the CPU multiplies a weight in such a buffer with activations.
 bool serves(ggml_backend_dev_t cpu, ggml_backend_buffer_type_t type, ggml_type weight,
             int64_t columns, int64_t rows, const Sizes& sizes) {
   ggml_context* context = new_context(8);
-  ggml_tensor* w = ggml_new_tensor_3d(context, weight, columns, rows, sizes.experts);
-  ggml_tensor* x = ggml_new_tensor_3d(context, GGML_TYPE_F32, columns, sizes.top_k, 512);
-  ggml_tensor* ids = ggml_new_tensor_2d(context, GGML_TYPE_I32, sizes.top_k, 512);
-  ggml_tensor* product = ggml_mul_mat_id(context, w, x, ids);
+  ggml_tensor *w = new_weight(context, weight, columns, rows, sizes), *product;
+  if (sizes.experts_chosen) {
+    ggml_tensor* x = ggml_new_tensor_3d(context, GGML_TYPE_F32, columns, sizes.top_k, 512);
+    ggml_tensor* ids = ggml_new_tensor_2d(context, GGML_TYPE_I32, sizes.top_k, 512);
+    product = ggml_mul_mat_id(context, w, x, ids);
+  } else {
+    product = ggml_mul_mat(context, w, ggml_new_tensor_2d(context, GGML_TYPE_F32, columns, 512));
+  }
   // The check looks at the buffer's type: an empty buffer will do.
   w->buffer = ggml_backend_buft_alloc_buffer(type, 0);
   const bool served = ggml_backend_dev_supports_op(cpu, product);
@@ -81,7 +93,7 @@ bool serves(ggml_backend_dev_t cpu, ggml_backend_buffer_type_t type, ggml_type w
 }
 
 struct Layer {
-  ggml_tensor *gate, *up, *down;
+  ggml_tensor *gate, *up, *down;  // of `linear` gate alone
 };
 
 struct Graph {
@@ -106,7 +118,11 @@ class Program {
     std::FILE* file = std::fopen(path.c_str(), "rb");
     if (file == nullptr) fail("cannot open " + path);
     const int64_t h = sizes_.hidden, i = sizes_.intermediate;
-    Layer layer{read_weight(file, h, i), read_weight(file, h, i), read_weight(file, i, h)};
+    Layer layer{read_weight(file, h, i), nullptr, nullptr};
+    if (sizes_.experts_chosen) {
+      layer.up = read_weight(file, h, i);
+      layer.down = read_weight(file, i, h);
+    }
     std::fclose(file);
     layers_.push_back(layer);
   }
@@ -120,8 +136,10 @@ class Program {
     const Graph g = build(layers_[static_cast<size_t>(layer)], tokens);
     if (!ggml_gallocr_alloc_graph(allocator_, g.graph)) fail("out of memory");
     ggml_backend_tensor_set(g.x, x.data(), 0, ggml_nbytes(g.x));
-    ggml_backend_tensor_set(g.ids, ids.data(), 0, ggml_nbytes(g.ids));
-    ggml_backend_tensor_set(g.weights, weights.data(), 0, ggml_nbytes(g.weights));
+    if (sizes_.experts_chosen) {
+      ggml_backend_tensor_set(g.ids, ids.data(), 0, ggml_nbytes(g.ids));
+      ggml_backend_tensor_set(g.weights, weights.data(), 0, ggml_nbytes(g.weights));
+    }
     const auto start = std::chrono::steady_clock::now();
     if (ggml_backend_graph_compute(backend_, g.graph) != GGML_STATUS_SUCCESS) fail("failed");
     const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
@@ -133,7 +151,7 @@ class Program {
  private:
   ggml_tensor* read_weight(std::FILE* file, int64_t columns, int64_t rows) {
     ggml_context* context = new_context(1);
-    ggml_tensor* w = ggml_new_tensor_3d(context, type_, columns, rows, sizes_.experts);
+    ggml_tensor* w = new_weight(context, type_, columns, rows, sizes_);
     for (ggml_backend_buffer_type_t type : buffer_types(cpu_)) {
       if (!serves(cpu_, type, type_, columns, rows, sizes_)) continue;
       if (ggml_backend_alloc_ctx_tensors_from_buft(context, type) == nullptr) fail("out of memory");
@@ -149,6 +167,14 @@ class Program {
     const Sizes& s = sizes_;
     ggml_context* c = new_context(32 + 4 * static_cast<size_t>(s.top_k));
     Graph g{c, ggml_new_graph(c), nullptr, nullptr, nullptr, nullptr};
+    if (!s.experts_chosen) {
+      g.x = ggml_new_tensor_2d(c, GGML_TYPE_F32, s.hidden, tokens);
+      ggml_set_input(g.x);
+      g.out = ggml_mul_mat(c, layer.gate, g.x);
+      ggml_set_output(g.out);
+      ggml_build_forward_expand(g.graph, g.out);
+      return g;
+    }
     g.x = ggml_new_tensor_3d(c, GGML_TYPE_F32, s.hidden, 1, tokens);
     g.ids = ggml_new_tensor_2d(c, GGML_TYPE_I32, s.top_k, tokens);
     g.weights = ggml_new_tensor_3d(c, GGML_TYPE_F32, 1, s.top_k, tokens);
@@ -193,12 +219,17 @@ void quiet(ggml_log_level level, const char* text, void*) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  if (count != 7) fail("expected THREADS TYPE HIDDEN INTERMEDIATE EXPERTS TOP_K");
+  const std::string op = count == 8 ? arguments[1] : "";
+  if (op != "moe" && op != "linear") {
+    fail("expected moe|linear THREADS TYPE HIDDEN INTERMEDIATE EXPERTS TOP_K");
+  }
   prctl(PR_SET_PDEATHSIG, SIGKILL);  // stopped, it would not see the end of its input
   ggml_log_set(quiet, nullptr);
   const auto number = [&](int i) { return std::atoll(arguments[i]); };
-  const Sizes sizes{number(3), number(4), number(5), number(6)};
-  Program program(static_cast<int>(number(1)), type_of(arguments[2]), sizes);
+  const Sizes sizes{op == "moe", number(4), number(5), number(6), number(7)};
+  const int64_t width = sizes.experts_chosen ? sizes.hidden : sizes.intermediate;
+  const int64_t chosen = sizes.experts_chosen ? sizes.top_k : 0;
+  Program program(static_cast<int>(number(2)), type_of(arguments[3]), sizes);
   for (int command; (command = std::getchar()) != EOF;) {
     if (command == 'w') {
       std::string path;
@@ -212,8 +243,9 @@ int main(int count, char** arguments) {
       int32_t head[2];
       read_all(stdin, head, sizeof head);
       const auto tokens = static_cast<size_t>(head[1]);
-      std::vector<float> x(tokens * static_cast<size_t>(sizes.hidden)), out(x.size());
-      std::vector<int32_t> ids(tokens * static_cast<size_t>(sizes.top_k));
+      std::vector<float> x(tokens * static_cast<size_t>(sizes.hidden));
+      std::vector<float> out(tokens * static_cast<size_t>(width));
+      std::vector<int32_t> ids(tokens * static_cast<size_t>(chosen));
       std::vector<float> weights(ids.size());
       read_all(stdin, x.data(), x.size() * sizeof(float));
       read_all(stdin, ids.data(), ids.size() * sizeof(int32_t));
