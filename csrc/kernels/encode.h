@@ -24,20 +24,23 @@ static KT_INLINE void copy_rows(const uint8_t* from, int count, uint8_t* to, int
 //
 // Four columns at a time are two items of four bytes, as Quads (quads.h) takes them:
 // item[K/2][R]; scale[K/32][R] f32; sum[K/16][R] i32, of 16 columns' integers each, which undo the
-// weights' bias and which their offsets multiply.
+// weights' bias; value[K/16][R] f32, what these sums stand for, which the weights' offsets multiply.
 template <class S>
 struct Int16Codec {
   using F = typename S::F;
   static constexpr int kVectors = Rows32<S>::kVectors;
 
   static constexpr int64_t row_bytes(int64_t cols) {
-    return ceil_div(cols, kGroup) * (2 * kGroup + 12);
+    return ceil_div(cols, kGroup) * (2 * kGroup + 20);
   }
   static const float* scales(const uint8_t* tile, int64_t rows, int64_t groups) {
     return reinterpret_cast<const float*>(tile + rows * groups * kGroup * 2);
   }
   static const int32_t* sums(const uint8_t* tile, int64_t rows, int64_t groups) {
     return reinterpret_cast<const int32_t*>(scales(tile, rows, groups) + rows * groups);
+  }
+  static const float* values(const uint8_t* tile, int64_t rows, int64_t groups) {
+    return reinterpret_cast<const float*>(sums(tile, rows, groups) + 2 * rows * groups);
   }
 
   static KT_INLINE void encode(const F* v, int, uint8_t* tile, int64_t rows, int64_t row,
@@ -59,9 +62,13 @@ struct Int16Codec {
                         : tiny  ? 0.0f
                                 : amax / kLargest;
     const_cast<float*>(scales(tile, rows, groups))[group * rows + row] = scale;
-    auto* sums_at = const_cast<int32_t*>(sums(tile, rows, groups)) + 2 * group * rows + row;
-    sums_at[0] = finite ? sum[0] : 0;
-    sums_at[rows] = finite ? sum[1] : 0;
+    const int64_t at = 2 * group * rows + row;
+    auto* sums_at = const_cast<int32_t*>(sums(tile, rows, groups)) + at;
+    auto* values_at = const_cast<float*>(values(tile, rows, groups)) + at;
+    for (int i = 0; i < 2; ++i) {
+      sums_at[i * rows] = finite ? sum[i] : 0;
+      values_at[i * rows] = scale * static_cast<float>(sums_at[i * rows]);
+    }
   }
 
   static KT_INLINE void gather(const uint8_t* token, int, uint8_t* tile, int64_t rows, int64_t row,
@@ -76,11 +83,11 @@ struct Int16Codec {
           }
           copy_rows<4>(words, 1, tile + g * 2 * kGroup * rows, rows, row, kGroup / 2);
         }
-        copy_rows<4>(token + items * 4, 1, tile + items * 4 * rows, rows, row, groups * 3);
+        copy_rows<4>(token + items * 4, 1, tile + items * 4 * rows, rows, row, groups * 5);
         return;
       }
     }
-    copy_rows<4>(token, 1, tile, rows, row, items + groups * 3);
+    copy_rows<4>(token, 1, tile, rows, row, items + groups * 5);
   }
 
  private:

@@ -26,12 +26,17 @@ static constexpr int vectors_at_once(int rows, int cells) {
   return v;
 }
 
-// What the weights' offsets multiply: row r's activations summed over a piece of kPieces a group, as
-// the integers that stand for them.
+// Row r's activations summed over a piece of kPieces a group: as the integers that stand for them, and
+// their values, which the weights' offsets multiply.
 template <int kPieces, int R>
 static KT_INLINE int32_t piece_sum(const int32_t* sums, int64_t piece, int r) {
   if constexpr (kPieces == 2) return sums[piece * R + r];
   return sums[2 * piece * R + r] + sums[(2 * piece + 1) * R + r];
+}
+template <class S, int kPieces, int R>
+static KT_INLINE typename S::F piece_value(const float* values, int64_t piece, int r) {
+  if constexpr (kPieces == 2) return S::set1(values[piece * R + r]);
+  return S::add(S::set1(values[2 * piece * R + r]), S::set1(values[(2 * piece + 1) * R + r]));
 }
 
 // sum + a * b. As an intrinsic, GCC lets the sum change its register, and moves whole tiles of sums to
@@ -142,7 +147,7 @@ struct Int16Panel {
   KT_NOINLINE void dot(Range range, const uint8_t* tile, float* out, Ahead<S> ahead) const {
     constexpr int V = vectors_at_once<S>(R, S::kIntCells);
     const float* x_scale = Int16Codec<S>::scales(tile, R, range.groups) + range.first * R;
-    const int32_t* x_sum = Int16Codec<S>::sums(tile, R, range.groups) + 2 * range.first * R;
+    const float* x_value = Int16Codec<S>::values(tile, R, range.groups) + 2 * range.first * R;
     for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
       const uint8_t* w = weights + v0 * S::kLanes * 4;
       const uint8_t* a = tile + range.first * kGroup * 2 * R;
@@ -191,8 +196,7 @@ struct Int16Panel {
           if (!has_offsets) continue;
           KT_UNROLL
           for (int r = 0; r < R; ++r) {
-            const auto x = S::set1(x_scale[piece / kPieces * R + r] *
-                                   static_cast<float>(piece_sum<kPieces, R>(x_sum, piece, r)));
+            const typename S::F x = piece_value<S, kPieces, R>(x_value, piece, r);
             KT_UNROLL
             for (int v = 0; v < V; ++v) {
               const auto offset = S::load(offsets + piece * kBlockRows + (v0 + v) * S::kLanes);
@@ -399,6 +403,7 @@ struct Coded {
     const int64_t end = range.first + range.count;
     const float* x_scale = Codec::scales(tile, R, range.groups);
     const int32_t* x_sum = Codec::sums(tile, R, range.groups);
+    const float* x_value = Codec::values(tile, R, range.groups);
     const I levels = Quad::table(layout.levels);
     Groups<S, kSets> groups(layout, kCodeBytes, block);
     for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
@@ -414,9 +419,11 @@ struct Coded {
           S::prefetch(group - 128);
           S::prefetch(group - 64);
         }
-        add_set<0, V, R>(layout, groups, group, g, v0, levels, a, x_scale, x_sum, acc, prefetch);
+        add_set<0, V, R>(layout, groups, group, g, v0, levels, a, x_scale, x_sum, x_value, acc,
+                         prefetch);
         if constexpr (kSets == 2) {
-          add_set<1, V, R>(layout, groups, group, g, v0, levels, a, x_scale, x_sum, acc, prefetch);
+          add_set<1, V, R>(layout, groups, group, g, v0, levels, a, x_scale, x_sum, x_value, acc,
+                           prefetch);
         }
         if (++g == end) break;
       }
@@ -503,8 +510,8 @@ struct Coded {
   template <int kSet, int V, int R>
   static KT_INLINE void add_set(const WeightLayout& layout, const Groups<S, kSets>& groups,
                                 const uint8_t* group, int64_t g, int v0, I levels, const uint8_t* a,
-                                const float* x_scale, const int32_t* x_sum, F (&acc)[V][R],
-                                Prefetch prefetch) {
+                                const float* x_scale, const int32_t* x_sum, const float* x_value,
+                                F (&acc)[V][R], Prefetch prefetch) {
     using Quad = Quads<S, R>;
     constexpr int kQuads = 8 / kSets;
     const int64_t piece = g * kSets + kSet;
@@ -533,9 +540,7 @@ struct Coded {
       const F offset = groups.offset(group, kSet, v0 + v);
       KT_UNROLL
       for (int r = 0; r < R; ++r) {
-        const F x =
-            S::set1(x_scale[g * R + r] * static_cast<float>(piece_sum<kSets, R>(x_sum, piece, r)));
-        acc[v][r] = S::fma(offset, x, acc[v][r]);
+        acc[v][r] = S::fma(offset, piece_value<S, kSets, R>(x_value, piece, r), acc[v][r]);
       }
     }
   }
