@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ktcore import ops
+from ktcore.formats import get_format
 from ktcore.testing.cases import inputs, pairs
 from ktcore.weights import QuantTensor
 
@@ -26,3 +27,20 @@ def test_packing_gives_the_same_every_time(variant, format):
     for _ in range(20):
         again = QuantTensor(matrix.format, matrix.shape, matrix.parts)
         assert torch.equal(ops.linear(x, again), first)
+
+
+def q6_k_extreme(rows: int, columns: int) -> QuantTensor:
+    """All codes -32 and all inner scales -128: the largest sums of integers that there can be."""
+    blocks = torch.zeros(rows, columns // 256, 210, dtype=torch.uint8)
+    blocks[..., 192:208] = 0x80
+    blocks[..., 208:] = torch.tensor([2.0**-12]).half().view(torch.uint8)
+    return QuantTensor(get_format("q6_k"), (rows, columns), {"data": blocks.flatten(1)})
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("tokens", [1, 3, 5, 12, 40])
+def test_the_largest_integers_do_not_overflow(variant, tokens, sign):
+    weight = q6_k_extreme(40, 512)
+    x = torch.full((tokens, 512), 0.7 * sign)
+    want = x.double() @ weight.dequantize(torch.float32).double().T
+    torch.testing.assert_close(ops.linear(x, weight).double(), want, rtol=1e-4, atol=0)

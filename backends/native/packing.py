@@ -179,6 +179,7 @@ class _Packer:
             inner_offsets=stored.inner_offsets is not None,
             bias=bias,
             levels=levels if name == "table4" else [],
+            largest=max(1, *map(abs, levels)),
             reordered=stored.columns is not None,
         )
 

@@ -106,15 +106,20 @@ struct Simd {
   // ---- integers
   static KT_INLINE I zero_i() { return _mm256_setzero_si256(); }
   static KT_INLINE I set1_i32(int32_t v) { return _mm256_set1_epi32(v); }
+  static KT_INLINE I mul_i32(I a, I b) { return _mm256_mullo_epi32(a, b); }
+  static KT_INLINE I mul_i16(I a, I b) { return _mm256_mullo_epi16(a, b); }
+  // The lower 16 bits of each lane, in both of its halves.
+  static KT_INLINE I twice16(I a) {
+    return _mm256_or_si256(_mm256_and_si256(a, set1_i32(0xffff)), _mm256_slli_epi32(a, 16));
+  }
   static KT_INLINE I load_i(const uint8_t* p) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   }
   static KT_INLINE I xor_i(I a, I b) { return _mm256_xor_si256(a, b); }
   static KT_INLINE I and_i(I a, I b) { return _mm256_and_si256(a, b); }
   static KT_INLINE I or_i(I a, I b) { return _mm256_or_si256(a, b); }
-  static KT_INLINE F load_i8(const uint8_t* p) {
-    const __m128i v = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(v));
+  static KT_INLINE I load_i8(const uint8_t* p) {
+    return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
   }
   // Weights widened to pairs of 16 bits: bytes 0 and 2 of each lane, or 1 and 3.
   static KT_INLINE I even_bytes(I a) { return _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8); }

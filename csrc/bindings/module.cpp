@@ -313,7 +313,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<WeightLayout>(m, "WeightLayout")
       .def(py::init([](const std::string& format, int scale_type, int64_t span, bool inner_scales,
                        bool offsets, bool inner_offsets, int bias, const std::vector<int>& levels,
-                       bool reordered) {
+                       int largest, bool reordered) {
              need_positive("span", span);
              if (levels.size() > 16) throw std::invalid_argument("levels: at most 16");
              WeightLayout layout;
@@ -324,6 +324,11 @@ PYBIND11_MODULE(_C, m) {
              layout.offsets = offsets;
              layout.inner_offsets = inner_offsets;
              layout.bias = bias;
+             if (largest < 1 || largest > 128) {
+               throw std::invalid_argument("largest: expected 1 to 128, got " +
+                                           std::to_string(largest));
+             }
+             layout.largest = largest;
              layout.reordered = reordered;
              for (size_t i = 0; i < levels.size(); ++i) {
                layout.levels[i] = static_cast<int8_t>(levels[i]);
@@ -333,7 +338,8 @@ PYBIND11_MODULE(_C, m) {
            py::arg("format"), py::kw_only(), py::arg("scale_type") = 0, py::arg("span") = 1,
            py::arg("inner_scales") = false, py::arg("offsets") = false,
            py::arg("inner_offsets") = false, py::arg("bias") = 0,
-           py::arg("levels") = std::vector<int>{}, py::arg("reordered") = false)
+           py::arg("levels") = std::vector<int>{}, py::arg("largest") = 128,
+           py::arg("reordered") = false)
       .def(
           "describe",
           [](const WeightLayout& self) {
@@ -345,6 +351,7 @@ PYBIND11_MODULE(_C, m) {
             out["offsets"] = self.offsets;
             out["inner_offsets"] = self.inner_offsets;
             out["bias"] = self.bias;
+            out["largest"] = self.largest;
             out["reordered"] = self.reordered;
             out["levels"] = std::vector<int>(std::begin(self.levels), std::end(self.levels));
             return out;

@@ -58,6 +58,10 @@ const float* row_of(const float* matrix, int64_t row, int64_t columns) {
   return matrix == nullptr ? nullptr : matrix + row * columns;
 }
 
+Rounding rounding(const FormatKernels& kernels, const WeightLayout& layout, bool exact) {
+  return {exact ? kernels.exact_planes : kernels.planes, layout.largest_activation()};
+}
+
 }  // namespace
 
 Prefetch prefetch(const WeightLayout& layout, int64_t rows) {
@@ -106,13 +110,13 @@ void moe(const KernelTable& table, const MoeArgs& args) {
   job.gate_up_runs = experts.gate_up_runs().data();
   job.down_runs = experts.down_runs().data();
   job.runs = static_cast<int64_t>(experts.gate_up_runs().size());
-  job.planes = args.exact ? gate_up.exact_planes : gate_up.planes;
-  job.mid_planes = args.exact ? down.exact_planes : down.planes;
-  const int64_t in_token_bytes = job.planes * gate_up.row_bytes(job.hidden_size);
-  const int64_t mid_token_bytes = job.mid_planes * down.row_bytes(job.intermediate_size);
+  job.rounding = rounding(gate_up, experts.gate_up_layout, args.exact);
+  job.mid_rounding = rounding(down, experts.down_layout, args.exact);
+  const int planes = job.rounding.planes, mid_planes = job.mid_rounding.planes;
+  const int64_t in_token_bytes = planes * gate_up.row_bytes(job.hidden_size);
+  const int64_t mid_token_bytes = mid_planes * down.row_bytes(job.intermediate_size);
   // Both halves use the same tiles.
-  const int64_t tile_tokens =
-      std::min(gate_up.max_rows / job.planes, down.max_rows / job.mid_planes);
+  const int64_t tile_tokens = std::min(gate_up.max_rows / planes, down.max_rows / mid_planes);
 
   int32_t *begin, *cursor, *pair_token;
   float* pair_weight;
@@ -202,16 +206,16 @@ void linear(const KernelTable& table, const LinearArgs& args) {
   job.weight = weight.buffer.data();
   job.columns = weight.columns();
   job.bias = args.bias;
-  job.planes = args.exact ? kernels.exact_planes : kernels.planes;
+  job.rounding = rounding(kernels, weight.layout, args.exact);
   job.prefetch = prefetch(weight.layout, args.tokens);
-  const int64_t token_bytes = job.planes * kernels.row_bytes(weight.cols);
+  const int64_t token_bytes = job.rounding.planes * kernels.row_bytes(weight.cols);
   TokenTile* tiles;
   with_scratch(*pool, [&](Arena& arena) {
     arena.take(tiles, args.tokens);
     arena.take(job.tokens_encoded, args.tokens * token_bytes);
     arena.take(job.tiles_encoded, args.tokens * token_bytes);
   });
-  for_each_tile(0, args.tokens, kernels.max_rows / job.planes,
+  for_each_tile(0, args.tokens, kernels.max_rows / job.rounding.planes,
                 [&](TokenTile tile) { tiles[job.tile_count++] = tile; });
   job.tiles = tiles;
   kernels.linear(job, *pool);

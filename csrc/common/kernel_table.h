@@ -29,6 +29,12 @@ struct Prefetch {
   int64_t first_level, second_level, panel_step;
 };
 
+// How finely activations are rounded: the rows of a tile that a token takes, and for integers the largest.
+struct Rounding {
+  int planes;
+  int32_t largest;
+};
+
 // One call of `moe`, planned: pairs (token, expert) are sorted by expert. All memory is the caller's.
 struct MoeJob {
   ConstRows x;
@@ -45,7 +51,7 @@ struct MoeJob {
   const TokenTile* tiles;
   int64_t tile_count;
   Activation activation;
-  int planes, mid_planes;  // rows that a token takes in gate and up, and in down
+  Rounding rounding, mid_rounding;  // for gate and up, and for down
   // Scratch: encoded tokens, encoded tiles for gate and up, for down, and the f32 sum.
   uint8_t* tokens_encoded;
   uint8_t* in_encoded;
@@ -65,7 +71,7 @@ struct LinearJob {
   const float* bias;       // may be null
   const TokenTile* tiles;
   int64_t tile_count;
-  int planes;
+  Rounding rounding;
   uint8_t* tokens_encoded;
   uint8_t* tiles_encoded;
   Prefetch prefetch;

@@ -57,6 +57,7 @@ struct WeightLayout {
   bool inner_offsets = false;
   int32_t bias = 0;
   int8_t levels[16] = {};
+  int32_t largest = 128;   // that a weight is before it is scaled, its sign left out
   bool reordered = false;  // the columns are in an order of their own, which the matrix holds
 
   KT_INLINE bool operator==(const WeightLayout&) const = default;
@@ -107,6 +108,16 @@ struct WeightLayout {
   }
   // Of two sets, the scales of the first are needed before the codes of the second.
   KT_INLINE bool inner_first() const { return sets() == 2; }
+  // Whether inner scales multiply integers: then a group's two sets are one sum, that the outer scale
+  // multiplies.
+  KT_INLINE bool folded() const { return inner_scales && sets() == 2; }
+  // The largest integer that may stand for an activation, so that such a sum fits.
+  KT_INLINE int32_t largest_activation() const {
+    constexpr int32_t kLargest = 127 * 256 + 127;  // of a sum of two signed bytes
+    if (!folded()) return kLargest;
+    const int64_t fits = 0x7fffffff / (kGroup * 128 * largest);
+    return fits < kLargest ? static_cast<int32_t>(fits) : kLargest;
+  }
   // Bytes of the codes or numbers of one group of 32 columns of a block.
   KT_INLINE int64_t value_bytes() const {
     switch (format) {

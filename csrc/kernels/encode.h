@@ -18,7 +18,7 @@ static KT_INLINE void copy_rows(const uint8_t* from, int count, uint8_t* to, int
   }
 }
 
-// 16-bit integers with one scale per group of 32. Eight bits would halve the dot products of large
+// 16-bit integers, or of fewer bits where a layout allows no larger ones, with one scale per group of 32. Eight bits would halve the dot products of large
 // batches, but leave 0.5 % of error in the first matrix and 1.2 % in the whole of `moe`; sixteen
 // leave 0.003 %.
 //
@@ -43,24 +43,24 @@ struct Int16Codec {
     return reinterpret_cast<const float*>(sums(tile, rows, groups) + 2 * rows * groups);
   }
 
-  static KT_INLINE void encode(const F* v, int, uint8_t* tile, int64_t rows, int64_t row,
-                               int64_t group, int64_t groups) {
+  static KT_INLINE void encode(const F* v, Rounding rounding, uint8_t* tile, int64_t rows,
+                               int64_t row, int64_t group, int64_t groups) {
     const float amax = S::absmax32(v);
     // Below this the reciprocal overflows: such a group is zero for every practical purpose.
     const bool tiny = amax < 1e-30f;
     // An infinite or NaN value makes the whole token NaN, as the exact sum of products would be.
     const bool finite = amax <= 3.4028235e38f;
-    constexpr float kLargest = 127 * 256 + 127;  // of a sum of two signed bytes
+    const auto largest = static_cast<float>(rounding.largest);
     alignas(64) uint8_t items[2 * kGroup];
     int32_t sum[2];
-    S::encode16(v, S::set1(finite && !tiny ? kLargest / amax : 0.0f), rows <= S::kByteRows, items,
+    S::encode16(v, S::set1(finite && !tiny ? largest / amax : 0.0f), rows <= S::kByteRows, items,
                 sum);
     for (int64_t i = 0; i < kGroup / 2; ++i) {
       std::memcpy(tile + ((group * (kGroup / 2) + i) * rows + row) * 4, items + 4 * i, 4);
     }
     const float scale = !finite ? std::numeric_limits<float>::quiet_NaN()
                         : tiny  ? 0.0f
-                                : amax / kLargest;
+                                : amax / largest;
     const_cast<float*>(scales(tile, rows, groups))[group * rows + row] = scale;
     const int64_t at = 2 * group * rows + row;
     auto* sums_at = const_cast<int32_t*>(sums(tile, rows, groups)) + at;
@@ -113,7 +113,7 @@ struct FloatCodec {
     return ceil_div(cols, kGroup) * kGroup / 2 * kPairBytes;
   }
 
-  static KT_INLINE void encode(const F* v, int, uint8_t* tile, int64_t rows, int64_t row,
+  static KT_INLINE void encode(const F* v, Rounding, uint8_t* tile, int64_t rows, int64_t row,
                                int64_t group, int64_t) {
     alignas(64) float values[kGroup];
     for (int i = 0; i < kVectors; ++i) S::store(values + i * S::kLanes, v[i]);
@@ -141,12 +141,13 @@ struct Bf16Codec {
     return ceil_div(cols, kGroup) * kGroup / 2 * kPairBytes;
   }
 
-  static KT_INLINE void encode(const F* values, int planes, uint8_t* tile, int64_t rows,
+  static KT_INLINE void encode(const F* values, Rounding rounding, uint8_t* tile, int64_t rows,
                                int64_t row, int64_t group, int64_t) {
     constexpr int64_t kPairs = kGroup / 2;
     alignas(64) uint16_t bf16[kGroup];
     F v[kVectors];
     for (int i = 0; i < kVectors; ++i) v[i] = values[i];
+    const int planes = rounding.planes;
     for (int plane = 0; plane < planes; ++plane, ++row) {
       for (int i = 0; i < kVectors; ++i) S::store_bf16(bf16 + i * S::kLanes, v[i]);
       if (plane + 1 < planes) {

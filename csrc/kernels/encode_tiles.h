@@ -3,11 +3,11 @@
 
 namespace ktcore::KTCORE_ISA {
 
-// Encodes a token as rows [row, row + planes) of a tile of `rows`; its columns in the order listed, if
+// Encodes a token as rows [row, row + rounding.planes) of a tile of `rows`; its columns in the order listed, if
 // there is a list.
 template <class S, class Codec>
 static void encode_token(const ConstRows& x, int64_t token, int64_t cols, const int32_t* columns,
-                         int planes, uint8_t* tile, int64_t rows, int64_t row) {
+                         Rounding rounding, uint8_t* tile, int64_t rows, int64_t row) {
   const int64_t groups = ceil_div(cols, kGroup);
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t left = cols - g * kGroup, count = left < kGroup ? left : kGroup;
@@ -17,20 +17,21 @@ static void encode_token(const ConstRows& x, int64_t token, int64_t cols, const 
     } else {
       Rows32<S>::load_listed(x, token, columns + g * kGroup, count, v);
     }
-    Codec::encode(v, planes, tile, rows, row, g, groups);
+    Codec::encode(v, rounding, tile, rows, row, g, groups);
   }
 }
 
 template <class S, class Codec>
 static void encode_tokens(ThreadPool& pool, const ConstRows& x, int64_t tokens, int64_t cols,
-                          const int32_t* columns, int planes, uint8_t* encoded) {
+                          const int32_t* columns, Rounding rounding, uint8_t* encoded) {
+  const int planes = rounding.planes;
   const int64_t token_bytes = planes * Codec::row_bytes(cols);
   // A few microseconds a task; one token is done where it is.
   const int64_t per_task = ceil_div(16384, cols);
   parallel_for(pool, ceil_div(tokens, per_task), [&](int64_t task, int) {
     const int64_t end = task * per_task + per_task < tokens ? task * per_task + per_task : tokens;
     for (int64_t t = task * per_task; t < end; ++t) {
-      encode_token<S, Codec>(x, t, cols, columns, planes, encoded + t * token_bytes, planes, 0);
+      encode_token<S, Codec>(x, t, cols, columns, rounding, encoded + t * token_bytes, planes, 0);
     }
   });
 }

@@ -131,20 +131,31 @@ static inline int64_t piece_groups(const WeightLayout& layout) {
 }
 
 // Panels of 16-bit weights, for all integer formats, with kSets sets of scales a group: none, one, or
-// two for 16 columns each.
+// two for 16 columns each. Where they are `folded`, the inner scales of two sets have multiplied the
+// weights, and one scale is left.
 template <class S, int kSets>
 struct Int16Panel {
   static constexpr int64_t kGroups = kPanelGroups;
-  static constexpr int kPieces = kSets > 1 ? kSets : 1;  // of a group, summed each on its own
   static constexpr int64_t kScales = kSets > 0 ? kGroups * kSets * kBlockRows : 16;
   alignas(64) uint8_t weights[kGroups * (kGroup / 2) * kUnitBytes];
-  alignas(64) float scales[kScales];   // [group][set][32 rows]
-  alignas(64) float offsets[kScales];  // the same, where has_offsets
-  bool has_offsets = false;
+  alignas(64) float scales[kScales];   // [group][set][32 rows], folded [group][32 rows]
+  alignas(64) float offsets[kScales];  // [group][set][32 rows], where has_offsets
+  bool has_offsets = false, folded = false;
 
   // Adds a tile times the range that was expanded to `out` [R][32].
   template <int R>
-  KT_NOINLINE void dot(Range range, const uint8_t* tile, float* out, Ahead<S> ahead) const {
+  KT_INLINE void dot(Range range, const uint8_t* tile, float* out, const Ahead<S>& ahead) const {
+    if constexpr (kSets == 2) {
+      if (!folded) return dot_pieces<R, 2>(range, tile, out, ahead);
+    }
+    dot_pieces<R, 1>(range, tile, out, ahead);
+  }
+
+ private:
+  // With kPieces sums of integers for each group.
+  template <int R, int kPieces>
+  KT_NOINLINE void dot_pieces(Range range, const uint8_t* tile, float* out, Ahead<S> ahead) const {
+    constexpr int kOffsets = kSets / kPieces;  // of a piece
     constexpr int V = vectors_at_once<S>(R, S::kIntCells);
     const float* x_scale = Int16Codec<S>::scales(tile, R, range.groups) + range.first * R;
     const float* x_value = Int16Codec<S>::values(tile, R, range.groups) + 2 * range.first * R;
@@ -194,13 +205,15 @@ struct Int16Panel {
         }
         if constexpr (kSets > 0) {
           if (!has_offsets) continue;
-          KT_UNROLL
-          for (int r = 0; r < R; ++r) {
-            const typename S::F x = piece_value<S, kPieces, R>(x_value, piece, r);
+          for (int64_t at = piece * kOffsets; at < (piece + 1) * kOffsets; ++at) {
             KT_UNROLL
-            for (int v = 0; v < V; ++v) {
-              const auto offset = S::load(offsets + piece * kBlockRows + (v0 + v) * S::kLanes);
-              total[v][r] = S::fma(offset, x, total[v][r]);
+            for (int r = 0; r < R; ++r) {
+              const typename S::F x = piece_value<S, kSets, R>(x_value, at, r);
+              KT_UNROLL
+              for (int v = 0; v < V; ++v) {
+                const auto offset = S::load(offsets + at * kBlockRows + (v0 + v) * S::kLanes);
+                total[v][r] = S::fma(offset, x, total[v][r]);
+              }
             }
           }
         }
@@ -333,21 +346,21 @@ class Groups {
   }
   KT_INLINE typename S::F scale(const uint8_t* group, int set, int v) const {
     const typename S::F factor = outer(set, v);
-    return layout_.inner_scales ? S::mul(factor, inner(group, set, v)) : factor;
+    return layout_.inner_scales ? S::mul(factor, S::to_f32(inner(group, set, v))) : factor;
   }
   KT_INLINE typename S::F offset(const uint8_t* group, int set, int v) const {
     const float (*from)[kBlockRows] = layout_.offsets ? offset_ : scale_;
     const typename S::F outer = S::load(from[both_sets_ ? set : 0] + v * S::kLanes);
     if (!layout_.inner_offsets) return outer;
-    return S::mul(outer, inner(group, layout_.inner_scales ? kSets + set : set, v));
+    return S::mul(outer, S::to_f32(inner(group, layout_.inner_scales ? kSets + set : set, v)));
+  }
+  // Of a set's inner scales or, behind them, inner offsets.
+  KT_INLINE typename S::I inner(const uint8_t* group, int set, int v) const {
+    const uint8_t* first = kSets == 2 ? group - inner_bytes_ : group + code_bytes_;
+    return S::load_i8(first + set * kBlockRows + v * S::kLanes);
   }
 
  private:
-  KT_INLINE typename S::F inner(const uint8_t* group, int row, int v) const {
-    const uint8_t* first = kSets == 2 ? group - inner_bytes_ : group + code_bytes_;
-    return S::load_i8(first + row * kBlockRows + v * S::kLanes);
-  }
-
   template <int V>
   KT_INLINE void convert(const uint8_t* p, int v0) {
     convert_set<V>(p, v0, scale_[0]);
@@ -419,11 +432,28 @@ struct Coded {
           S::prefetch(group - 128);
           S::prefetch(group - 64);
         }
-        add_set<0, V, R>(layout, groups, group, g, v0, levels, a, x_scale, x_sum, x_value, acc,
-                         prefetch);
-        if constexpr (kSets == 2) {
-          add_set<1, V, R>(layout, groups, group, g, v0, levels, a, x_scale, x_sum, x_value, acc,
-                           prefetch);
+        I sum[V][R];
+        sum_set<0, V, R>(layout, group, g, v0, levels, a, x_sum, sum, prefetch);
+        if constexpr (kSets == 1) {
+          add_set<0, V, R>(groups, group, g, v0, x_scale, x_value, sum, acc);
+        } else if (!layout.folded()) {
+          add_set<0, V, R>(groups, group, g, v0, x_scale, x_value, sum, acc);
+          sum_set<1, V, R>(layout, group, g, v0, levels, a, x_sum, sum, prefetch);
+          add_set<1, V, R>(groups, group, g, v0, x_scale, x_value, sum, acc);
+        } else {
+          I other[V][R];
+          sum_set<1, V, R>(layout, group, g, v0, levels, a, x_sum, other, prefetch);
+          KT_UNROLL
+          for (int v = 0; v < V; ++v) {
+            const I first = groups.inner(group, 0, v0 + v), second = groups.inner(group, 1, v0 + v);
+            KT_UNROLL
+            for (int r = 0; r < R; ++r) {
+              sum[v][r] = S::add_i32(S::mul_i32(sum[v][r], first), S::mul_i32(other[v][r], second));
+            }
+            add_scaled<V, R>(groups.outer(0, v0 + v), v, g, x_scale, sum, acc);
+          }
+          add_offsets<0, V, R>(groups, group, g, v0, x_value, acc);
+          add_offsets<1, V, R>(groups, group, g, v0, x_value, acc);
         }
         if (++g == end) break;
       }
@@ -439,17 +469,24 @@ struct Coded {
     Groups<S, kSets> groups(layout, kCodeBytes, block);
     uint8_t* to = panel.weights;
     panel.has_offsets = groups.has_offsets();
+    panel.folded = layout.folded();
     for (int64_t g = 0; g < range.count; ++g, to += kGroup / 2 * kUnitBytes) {
       const uint8_t* group = g == 0 ? groups.template begin<kVectors>(range.first, 0)
                                     : groups.template next<kVectors>(0);
-      for (int64_t at = 0; at < kUnitBytes; at += S::kLanes * 4) {
-        expand_quads(group + at, levels, bias, to + at, Numbers<8>());
-      }
-      for (int set = 0; set < kSets; ++set) {
-        for (int v = 0; v < kVectors; ++v) {
-          const int64_t at = (g * kSets + set) * kBlockRows + v * S::kLanes;
-          S::store(panel.scales + at, groups.scale(group, set, v));
-          if (panel.has_offsets) S::store(panel.offsets + at, groups.offset(group, set, v));
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t lanes = v * S::kLanes, at = lanes * 4;
+        if (panel.folded) {
+          const I factors[] = {S::twice16(groups.inner(group, 0, v)),
+                               S::twice16(groups.inner(group, kSets - 1, v))};
+          expand_quads<true>(group + at, levels, bias, factors, to + at, Numbers<8>());
+          S::store(panel.scales + g * kBlockRows + lanes, groups.outer(0, v));
+        } else {
+          expand_quads<false>(group + at, levels, bias, nullptr, to + at, Numbers<8>());
+        }
+        for (int set = 0; set < kSets; ++set) {
+          const int64_t place = (g * kSets + set) * kBlockRows + lanes;
+          if (!panel.folded) S::store(panel.scales + place, groups.scale(group, set, v));
+          if (panel.has_offsets) S::store(panel.offsets + place, groups.offset(group, set, v));
         }
       }
     }
@@ -487,13 +524,15 @@ struct Coded {
     }
   }
 
-  template <int... Q>
-  static KT_INLINE void expand_quads(const uint8_t* from, I levels, I bias, uint8_t* to,
-                                     std::integer_sequence<int, Q...>) {
-    (expand_quad<Q>(from, levels, bias, to), ...);
+  // Times each set's factors, if kFolded.
+  template <bool kFolded, int... Q>
+  static KT_INLINE void expand_quads(const uint8_t* from, I levels, I bias, const I* factors,
+                                     uint8_t* to, std::integer_sequence<int, Q...>) {
+    (expand_quad<kFolded, Q>(from, levels, bias, factors, to), ...);
   }
-  template <int Q>
-  static KT_INLINE void expand_quad(const uint8_t* from, I levels, I bias, uint8_t* to) {
+  template <bool kFolded, int Q>
+  static KT_INLINE void expand_quad(const uint8_t* from, I levels, I bias, const I* factors,
+                                    uint8_t* to) {
     const I low = S::load_i(from + kParts.low_unit(Q) * kUnitBytes);
     I high = low;
     if constexpr (kHigh > 0) high = S::load_i(from + kParts.high_unit(Q) * kUnitBytes);
@@ -502,24 +541,27 @@ struct Coded {
       weights.even = S::sub_i16(weights.even, bias);
       weights.odd = S::sub_i16(weights.odd, bias);
     }
+    if constexpr (kFolded) {
+      weights.even = S::mul_i16(weights.even, factors[Q / 4]);
+      weights.odd = S::mul_i16(weights.odd, factors[Q / 4]);
+    }
     S::store_i(to + 2 * Q * kUnitBytes, weights.even);
     S::store_i(to + (2 * Q + 1) * kUnitBytes, weights.odd);
   }
 
-  // Adds one set of a group's columns to acc.
+  // The sums of one set of a group's columns, as integers.
   template <int kSet, int V, int R>
-  static KT_INLINE void add_set(const WeightLayout& layout, const Groups<S, kSets>& groups,
-                                const uint8_t* group, int64_t g, int v0, I levels, const uint8_t* a,
-                                const float* x_scale, const int32_t* x_sum, const float* x_value,
-                                F (&acc)[V][R], Prefetch prefetch) {
+  static KT_INLINE void sum_set(const WeightLayout& layout, const uint8_t* group, int64_t g, int v0,
+                                I levels, const uint8_t* a, const int32_t* x_sum, I (&total)[V][R],
+                                Prefetch prefetch) {
     using Quad = Quads<S, R>;
     constexpr int kQuads = 8 / kSets;
-    const int64_t piece = g * kSets + kSet;
     I low[V], high[V];
     typename Quad::Sum sum[V][R];
     KT_UNROLL
     for (int r = 0; r < R; ++r) {
-      const I start = S::set1_i32(-bias<Quad>(layout) * piece_sum<kSets, R>(x_sum, piece, r));
+      const int32_t of_columns = piece_sum<kSets, R>(x_sum, g * kSets + kSet, r);
+      const I start = S::set1_i32(-bias<Quad>(layout) * of_columns);
       KT_UNROLL
       for (int v = 0; v < V; ++v) sum[v][r] = Quad::start(start);
     }
@@ -527,20 +569,42 @@ struct Coded {
                                    Numbers<kQuads>());
     KT_UNROLL
     for (int v = 0; v < V; ++v) {
-      const F scale = groups.scale(group, kSet, v0 + v);
       KT_UNROLL
-      for (int r = 0; r < R; ++r) {
-        const F both = S::mul(scale, S::set1(x_scale[g * R + r]));
-        acc[v][r] = S::fma(S::to_f32(Quad::total(sum[v][r])), both, acc[v][r]);
-      }
+      for (int r = 0; r < R; ++r) total[v][r] = Quad::total(sum[v][r]);
     }
+  }
+
+  // Adds such sums, with their scales and offsets, to acc.
+  template <int kSet, int V, int R>
+  static KT_INLINE void add_set(const Groups<S, kSets>& groups, const uint8_t* group, int64_t g,
+                                int v0, const float* x_scale, const float* x_value,
+                                const I (&sum)[V][R], F (&acc)[V][R]) {
+    KT_UNROLL
+    for (int v = 0; v < V; ++v) {
+      add_scaled<V, R>(groups.scale(group, kSet, v0 + v), v, g, x_scale, sum, acc);
+    }
+    add_offsets<kSet, V, R>(groups, group, g, v0, x_value, acc);
+  }
+  template <int V, int R>
+  static KT_INLINE void add_scaled(F scale, int v, int64_t g, const float* x_scale,
+                                   const I (&sum)[V][R], F (&acc)[V][R]) {
+    KT_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const F both = S::mul(scale, S::set1(x_scale[g * R + r]));
+      acc[v][r] = S::fma(S::to_f32(sum[v][r]), both, acc[v][r]);
+    }
+  }
+  template <int kSet, int V, int R>
+  static KT_INLINE void add_offsets(const Groups<S, kSets>& groups, const uint8_t* group, int64_t g,
+                                    int v0, const float* x_value, F (&acc)[V][R]) {
     if (!groups.has_offsets()) return;
     KT_UNROLL
     for (int v = 0; v < V; ++v) {
       const F offset = groups.offset(group, kSet, v0 + v);
       KT_UNROLL
       for (int r = 0; r < R; ++r) {
-        acc[v][r] = S::fma(offset, piece_value<S, kSets, R>(x_value, piece, r), acc[v][r]);
+        const F x = piece_value<S, kSets, R>(x_value, g * kSets + kSet, r);
+        acc[v][r] = S::fma(offset, x, acc[v][r]);
       }
     }
   }

@@ -7,14 +7,14 @@ template <class S, class Format>
 static void linear(const LinearJob& job, ThreadPool& pool) {
   using Codec = typename Format::Codec;
   const int64_t groups = ceil_div(job.cols, kGroup);
-  const int64_t token_bytes = job.planes * Codec::row_bytes(job.cols);
+  const int64_t token_bytes = job.rounding.planes * Codec::row_bytes(job.cols);
   const int64_t block = job.layout->block_bytes(job.cols);
 
-  encode_tokens<S, Codec>(pool, job.x, job.tokens, job.cols, job.columns, job.planes,
+  encode_tokens<S, Codec>(pool, job.x, job.tokens, job.cols, job.columns, job.rounding,
                           job.tokens_encoded);
   if (job.tile_count < job.tokens) {
-    gather_tiles<Codec>(pool, job.tiles, job.tile_count, job.cols, job.planes, job.tokens_encoded,
-                        job.tiles_encoded, [](int32_t token) { return token; });
+    gather_tiles<Codec>(pool, job.tiles, job.tile_count, job.cols, job.rounding.planes,
+                        job.tokens_encoded, job.tiles_encoded, [](int32_t token) { return token; });
   }
 
   const int64_t blocks = ceil_div(job.rows, kBlockRows);
@@ -37,10 +37,11 @@ static void linear(const LinearJob& job, ThreadPool& pool) {
         const int64_t rest = job.tile_count - first;
         const int n =
             static_cast<int>(rest < tiles_at_once<Format>() ? rest : tiles_at_once<Format>());
-        multiply<S, Format>(*job.layout, job.weight + b * block, groups, tiles, n, job.planes,
-                            encoded, c, job.prefetch);
+        multiply<S, Format>(*job.layout, job.weight + b * block, groups, tiles, n,
+                            job.rounding.planes, encoded, c, job.prefetch);
         for (int i = 0; i < n; ++i) {
-          const float* from = c + (tiles[i].first - tiles[0].first) * job.planes * kBlockRows;
+          const float* from =
+              c + (tiles[i].first - tiles[0].first) * job.rounding.planes * kBlockRows;
           for (int32_t t = 0; t < tiles[i].tokens; ++t, from += kBlockRows) {
             typename S::F v[Rows32<S>::kVectors];
             for (int k = 0; k < Rows32<S>::kVectors; ++k) {

@@ -38,7 +38,8 @@ static KT_INLINE void load_bias(const float* bias, const int32_t* listed, int64_
 // Encodes the tiles of every expert for gate and for up, whose columns are in orders of their own.
 template <class S, class Codec>
 static void encode_reordered(const MoeJob& job, ThreadPool& pool) {
-  const int64_t token_bytes = job.planes * Codec::row_bytes(job.hidden_size);
+  const int planes = job.rounding.planes;
+  const int64_t token_bytes = planes * Codec::row_bytes(job.hidden_size);
   parallel_for(pool, job.experts, [&](int64_t e, int) {
     const ActiveExpert& expert = job.expert[e];
     for (int32_t i = expert.tile_begin; i < expert.tile_end; ++i) {
@@ -46,8 +47,8 @@ static void encode_reordered(const MoeJob& job, ThreadPool& pool) {
       for (int32_t t = 0; t < tile.tokens; ++t) {
         const auto encode = [&](const int32_t* columns, uint8_t* encoded) {
           encode_token<S, Codec>(job.x, job.pair_token[tile.first + t], job.hidden_size, columns,
-                                 job.planes, encoded + tile.first * token_bytes,
-                                 tile.tokens * job.planes, t * job.planes);
+                                 job.rounding, encoded + tile.first * token_bytes,
+                                 tile.tokens * planes, t * planes);
         };
         encode(expert.gate_columns, job.in_encoded);
         encode(expert.up_columns, job.up_encoded);
@@ -62,9 +63,9 @@ static void gate_up(const MoeJob& job, ThreadPool& pool) {
   const int64_t hidden = job.hidden_size, intermediate = job.intermediate_size;
   const int64_t hidden_groups = ceil_div(hidden, kGroup);
   const int64_t mid_groups = ceil_div(intermediate, kGroup);
-  const int planes = job.planes;
+  const int planes = job.rounding.planes, mid_planes = job.mid_rounding.planes;
   const int64_t in_token_bytes = planes * Codec::row_bytes(hidden);
-  const int64_t mid_token_bytes = job.mid_planes * MidCodec::row_bytes(intermediate);
+  const int64_t mid_token_bytes = mid_planes * MidCodec::row_bytes(intermediate);
   const int64_t in_block = job.gate_up->block_bytes(hidden);
 
   EncodedTiles for_gate{job.in_encoded, in_token_bytes, job.tokens_encoded, job.pair_token};
@@ -74,7 +75,8 @@ static void gate_up(const MoeJob& job, ThreadPool& pool) {
     for_gate = {job.in_encoded, in_token_bytes};
     for_up = {job.up_encoded, in_token_bytes};
   } else {
-    encode_tokens<S, Codec>(pool, job.x, job.tokens, hidden, nullptr, planes, job.tokens_encoded);
+    encode_tokens<S, Codec>(pool, job.x, job.tokens, hidden, nullptr, job.rounding,
+                            job.tokens_encoded);
   }
   if (!job.gate_up->reordered && job.tile_count < job.pairs) {  // some tile has several tokens
     gather_tiles<Codec>(pool, job.tiles, job.tile_count, hidden, planes, job.tokens_encoded,
@@ -114,8 +116,8 @@ static void gate_up(const MoeJob& job, ThreadPool& pool) {
               h[v] = activate<S>(job.activation, S::add(S::load(gate + at), gate_bias[v]),
                                  S::add(S::load(up + at), up_bias[v]));
             }
-            MidCodec::encode(h, job.mid_planes, mid, tiles[i].tokens * job.mid_planes,
-                             t * job.mid_planes, b, mid_groups);
+            MidCodec::encode(h, job.mid_rounding, mid, tiles[i].tokens * mid_planes, t * mid_planes,
+                             b, mid_groups);
           }
         }
       });
@@ -129,7 +131,7 @@ static void down(const MoeJob& job, ThreadPool& pool) {
   const int64_t hidden = job.hidden_size;
   const int64_t out_blocks = ceil_div(hidden, kBlockRows);
   const int64_t mid_groups = ceil_div(job.intermediate_size, kGroup);
-  const int planes = job.mid_planes;
+  const int planes = job.mid_rounding.planes;
   const int64_t mid_token_bytes = planes * Codec::row_bytes(job.intermediate_size);
   const int64_t mid_block = job.down->block_bytes(job.intermediate_size);
   // With many tokens, wide ranges: each range reads all encoded intermediate activations once.
