@@ -78,7 +78,8 @@ class Layers(Session):
         assert isinstance(stored, Codes) and isinstance(stored.codes, Tensor)
         levels = (stored.levels.to(torch.int16) + (1 << (self.bits - 1))).to(torch.uint8)
         experts = []
-        for expert in each_matrix(stored.codes):  # one at a time: indices are integers of four bytes
+        # One at a time: indices are integers of four bytes.
+        for expert in each_matrix(stored.codes):
             codes = levels[expert.int()]
             experts.append(codes if self.bits == 8 else codes[..., ::2] | codes[..., 1::2] << 4)
         return torch.stack(experts), stored.scales
