@@ -964,8 +964,8 @@ static KT_INLINE void dot_panel(int rows, const typename Format::Panel& panel, R
 // Groups that several tiles are multiplied with in turn: 32 KiB of bf16.
 static constexpr int64_t kDirectGroups = 16;
 
-// At most this many rows go through one product, so that their sums stay in the cache.
-static constexpr int kProductRows = 128;
+// At most this many rows go through one product, so that their sums stay in the second-level cache: 64 KiB.
+static constexpr int kProductRows = 512;
 
 template <class Format>
 static constexpr int tiles_at_once() {
