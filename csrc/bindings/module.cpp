@@ -271,7 +271,17 @@ PYBIND11_MODULE(_C, m) {
   m.def("get_num_threads", &default_pool_size);
   m.def(
       "set_prefetch",
-      [](int64_t first, int64_t second, int64_t step) { set_prefetch({first, second, step}); },
+      [](int64_t first, int64_t second, int64_t step) {
+        const bool best = first == -1 && second == -1 && step == -1;
+        if (!best && (first < 0 || second < 0 || step < 1)) {
+          throw std::invalid_argument(
+              "set_prefetch: expected bytes of at least 0 and a panel_step of at least 1, or -1 "
+              "for "
+              "all three, got " +
+              std::to_string(first) + ", " + std::to_string(second) + ", " + std::to_string(step));
+        }
+        set_prefetch({first, second, step});
+      },
       py::arg("first_level"), py::arg("second_level"), py::arg("panel_step"),
       "How many bytes ahead the weights of few tokens are asked for, for either cache; of how many "
       "lines one is, with many tokens; -1, -1, -1: as is best.");

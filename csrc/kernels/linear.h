@@ -1,7 +1,16 @@
-// linear: out[t] = weight x_t + bias, one pass over the weight's blocks.
+// linear: out[t] = weight x_t + bias, one pass over the weight's blocks for every portion of the tokens.
 #pragma once
 
 namespace ktcore::KTCORE_ISA {
+
+// Tiles whose activations go through a block together: about 4 MiB of them, which a third-level cache keeps
+// for the next block, but no fewer rows than make a panel pay, and at most a product's.
+template <class Format>
+static KT_INLINE int64_t tiles_of_portion(int64_t token_bytes) {
+  const int64_t rows = (int64_t{4} << 20) / token_bytes;
+  const int64_t tiles = (rows < 128 ? 128 : rows) / Format::kMaxRows;
+  return tiles < tiles_at_once<Format>() ? tiles : tiles_at_once<Format>();
+}
 
 template <class S, class Format>
 static void linear(const LinearJob& job, ThreadPool& pool) {
@@ -19,8 +28,12 @@ static void linear(const LinearJob& job, ThreadPool& pool) {
 
   const int64_t blocks = ceil_div(job.rows, kBlockRows);
   const int64_t step = blocks_per_task(block);
-  parallel_for(pool, ceil_div(blocks, step), [&](int64_t task, int) {
-    const int64_t begin = task * step;
+  const int64_t portion = tiles_of_portion<Format>(token_bytes), tasks = ceil_div(blocks, step);
+  parallel_for(pool, ceil_div(job.tile_count, portion) * tasks, [&](int64_t task, int) {
+    const TokenTile* tiles = job.tiles + task / tasks * portion;
+    const int64_t rest = job.tiles + job.tile_count - tiles;
+    const int n = static_cast<int>(rest < portion ? rest : portion);
+    const int64_t begin = task % tasks * step;
     const int64_t end = begin + step < blocks ? begin + step : blocks;
     alignas(64) float c[kProductRows * kBlockRows];
     const EncodedTiles encoded{job.tiles_encoded, token_bytes, job.tokens_encoded};
@@ -32,23 +45,17 @@ static void linear(const LinearJob& job, ThreadPool& pool) {
       if (job.bias != nullptr) {
         Rows32<S>::load({job.bias, 0, DType::f32}, 0, b * kBlockRows, count, bias);
       }
-      for (int64_t first = 0; first < job.tile_count; first += tiles_at_once<Format>()) {
-        const TokenTile* tiles = job.tiles + first;
-        const int64_t rest = job.tile_count - first;
-        const int n =
-            static_cast<int>(rest < tiles_at_once<Format>() ? rest : tiles_at_once<Format>());
-        multiply<S, Format>(*job.layout, job.weight + b * block, groups, tiles, n,
-                            job.rounding.planes, encoded, c, job.prefetch);
-        for (int i = 0; i < n; ++i) {
-          const float* from =
-              c + (tiles[i].first - tiles[0].first) * job.rounding.planes * kBlockRows;
-          for (int32_t t = 0; t < tiles[i].tokens; ++t, from += kBlockRows) {
-            typename S::F v[Rows32<S>::kVectors];
-            for (int k = 0; k < Rows32<S>::kVectors; ++k) {
-              v[k] = S::add(S::load(from + k * S::kLanes), bias[k]);
-            }
-            Rows32<S>::store(job.out, tiles[i].first + t, b * kBlockRows, count, v);
+      multiply<S, Format>(*job.layout, job.weight + b * block, groups, tiles, n,
+                          job.rounding.planes, encoded, c, job.prefetch);
+      for (int i = 0; i < n; ++i) {
+        const float* from =
+            c + (tiles[i].first - tiles[0].first) * job.rounding.planes * kBlockRows;
+        for (int32_t t = 0; t < tiles[i].tokens; ++t, from += kBlockRows) {
+          typename S::F v[Rows32<S>::kVectors];
+          for (int k = 0; k < Rows32<S>::kVectors; ++k) {
+            v[k] = S::add(S::load(from + k * S::kLanes), bias[k]);
           }
+          Rows32<S>::store(job.out, tiles[i].first + t, b * kBlockRows, count, v);
         }
       }
     }
