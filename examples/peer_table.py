@@ -152,7 +152,8 @@ def subject(settings: dict[str, Any]) -> str:
         return settings["model"] or "A layer"
     sizes = f"[{settings['intermediate_size']}, {settings['hidden_size']}]"
     model = settings["model"]
-    return f"`linear` with {f'the gate matrix of an expert of {model}' if model else 'a matrix'} {sizes}"
+    what = f"the gate matrix of an expert of {model}" if model else "a matrix"
+    return f"`linear` with {what} {sizes}"
 
 
 def section(path: Path, run: Run) -> list[str]:

@@ -67,9 +67,10 @@ struct Range {
 // pairs, 16 KiB, which leaves the rest of a first-level cache to a tile of activations.
 static constexpr int64_t kPanelGroups = 8;
 
-// What is to come from memory into the second-level cache while a panel is multiplied: so many lines
-// for each group. At once they would hold up the loads of the activations. Where a processor fetches lines
-// in pairs, every second one is asked for: each holds a fill buffer until it is there.
+// What is to come from memory into the second-level cache while a panel, or a range of a packed block, is
+// multiplied with several tiles: so many lines for each group. At once they would hold up the loads of the
+// activations. Where a processor fetches lines in pairs, every second one is asked for: each holds a fill
+// buffer until it is there.
 template <class S>
 struct Ahead {
   const uint8_t* at;
