@@ -67,6 +67,13 @@ struct Range {
 // pairs, 16 KiB, which leaves the rest of a first-level cache to a tile of activations.
 static constexpr int64_t kPanelGroups = 8;
 
+// Whether outer scales multiply the sums of a panel's columns instead of each group's: where they are the
+// panel's own, and the sums are of nothing else.
+static inline bool scaled_last(const WeightLayout& layout) {
+  return layout.folded() && layout.span % kPanelGroups == 0 && !layout.offsets &&
+         !layout.inner_offsets;
+}
+
 // What is to come from memory into the second-level cache while a panel, or a range of a packed block, is
 // multiplied with several tiles: so many lines for each group. At once they would hold up the loads of the
 // activations. Where a processor fetches lines in pairs, every second one is asked for: each holds a fill
@@ -141,20 +148,21 @@ struct Int16Panel {
   alignas(64) uint8_t weights[kGroups * (kGroup / 2) * kUnitBytes];
   alignas(64) float scales[kScales];   // [group][set][32 rows], folded [group][32 rows]
   alignas(64) float offsets[kScales];  // [group][set][32 rows], where has_offsets
-  bool has_offsets = false, folded = false;
+  bool has_offsets = false, folded = false, scaled_last = false;
 
   // Adds a tile times the range that was expanded to `out` [R][32].
   template <int R>
   KT_INLINE void dot(Range range, const uint8_t* tile, float* out, const Ahead<S>& ahead) const {
     if constexpr (kSets == 2) {
-      if (!folded) return dot_pieces<R, 2>(range, tile, out, ahead);
+      if (scaled_last) return dot_pieces<R, 1, true>(range, tile, out, ahead);
+      if (!folded) return dot_pieces<R, 2, false>(range, tile, out, ahead);
     }
-    dot_pieces<R, 1>(range, tile, out, ahead);
+    dot_pieces<R, 1, false>(range, tile, out, ahead);
   }
 
  private:
   // With kPieces sums of integers for each group.
-  template <int R, int kPieces>
+  template <int R, int kPieces, bool kLast>
   KT_NOINLINE void dot_pieces(Range range, const uint8_t* tile, float* out, Ahead<S> ahead) const {
     constexpr int kOffsets = kSets / kPieces;  // of a piece
     constexpr int V = vectors_at_once<S>(R, S::kIntCells);
@@ -165,7 +173,11 @@ struct Int16Panel {
       const uint8_t* a = tile + range.first * kGroup * 2 * R;
       // The sums of all pieces stay in registers too: through memory, they cost half of the time.
       typename S::F total[V][R];
-      load_sums<S>(total, out, v0);
+      if constexpr (kLast) {
+        clear_sums<S>(total);
+      } else {
+        load_sums<S>(total, out, v0);
+      }
       for (int64_t piece = 0; piece < range.count * kPieces; ++piece) {
         if (v0 == 0 && piece % kPieces == 0) ahead.step();
         typename S::I sum[V][R];
@@ -198,13 +210,13 @@ struct Int16Panel {
           KT_UNROLL
           for (int v = 0; v < V; ++v) {
             typename S::F scale = xs;
-            if constexpr (kSets > 0) {
+            if constexpr (kSets > 0 && !kLast) {
               scale = S::mul(S::load(scales + piece * kBlockRows + (v0 + v) * S::kLanes), xs);
             }
             total[v][r] = S::fma(S::to_f32(sum[v][r]), scale, total[v][r]);
           }
         }
-        if constexpr (kSets > 0) {
+        if constexpr (kSets > 0 && !kLast) {
           if (!has_offsets) continue;
           for (int64_t at = piece * kOffsets; at < (piece + 1) * kOffsets; ++at) {
             KT_UNROLL
@@ -219,7 +231,14 @@ struct Int16Panel {
           }
         }
       }
-      store_sums<S>(total, out, v0);
+      if constexpr (kLast) {
+        typename S::F factor[V];
+        KT_UNROLL
+        for (int v = 0; v < V; ++v) factor[v] = S::load(scales + (v0 + v) * S::kLanes);
+        add_piece<S, true>(total, factor, out, v0);
+      } else {
+        store_sums<S>(total, out, v0);
+      }
     }
   }
 };
@@ -321,6 +340,8 @@ class Groups {
         outer_bytes_(layout.outer_bytes()) {}
 
   KT_INLINE bool has_offsets() const { return layout_.offsets || layout_.inner_offsets; }
+  // Whether the next group has other outer scales.
+  KT_INLINE bool ends_span() const { return left_ == 1; }
 
   // Goes to group g, or to the next one, and makes the outer scales of V vectors from v0 on ready.
   template <int V>
@@ -419,10 +440,15 @@ struct Coded {
     const int32_t* x_sum = Codec::sums(tile, R, range.groups);
     const float* x_value = Codec::values(tile, R, range.groups);
     const I levels = Quad::table(layout.levels);
+    const bool last = kSets == 2 && scaled_last(layout);
     Groups<S, kSets> groups(layout, kCodeBytes, block);
     for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
       F acc[V][R];
-      load_sums<S>(acc, out, v0);
+      if (last) {
+        clear_sums<S>(acc);
+      } else {
+        load_sums<S>(acc, out, v0);
+      }
       const uint8_t* a = tile + range.first * kGroup * 2 * R;
       const uint8_t* group = groups.template begin<V>(range.first, v0);
       for (int64_t g = range.first;; group = groups.template next<V>(v0), a += 2 * kGroup * R) {
@@ -443,6 +469,7 @@ struct Coded {
           add_set<1, V, R>(groups, group, g, v0, x_scale, x_value, sum, acc);
         } else {
           I other[V][R];
+          F factor[V];
           sum_set<1, V, R>(layout, group, g, v0, levels, a, x_sum, other, prefetch);
           KT_UNROLL
           for (int v = 0; v < V; ++v) {
@@ -451,14 +478,19 @@ struct Coded {
             for (int r = 0; r < R; ++r) {
               sum[v][r] = S::add_i32(S::mul_i32(sum[v][r], first), S::mul_i32(other[v][r], second));
             }
-            add_scaled<V, R>(groups.outer(0, v0 + v), v, g, x_scale, sum, acc);
+            factor[v] = groups.outer(0, v0 + v);
+            add_scaled<V, R>(last ? S::set1(1) : factor[v], v, g, x_scale, sum, acc);
+          }
+          if (last && (groups.ends_span() || g + 1 == end)) {
+            add_piece<S, true>(acc, factor, out, v0);
+            clear_sums<S>(acc);
           }
           add_offsets<0, V, R>(groups, group, g, v0, x_value, acc);
           add_offsets<1, V, R>(groups, group, g, v0, x_value, acc);
         }
         if (++g == end) break;
       }
-      store_sums<S>(acc, out, v0);
+      if (!last) store_sums<S>(acc, out, v0);
     }
   }
 
@@ -471,6 +503,7 @@ struct Coded {
     uint8_t* to = panel.weights;
     panel.has_offsets = groups.has_offsets();
     panel.folded = layout.folded();
+    panel.scaled_last = scaled_last(layout);
     for (int64_t g = 0; g < range.count; ++g, to += kGroup / 2 * kUnitBytes) {
       const uint8_t* group = g == 0 ? groups.template begin<kVectors>(range.first, 0)
                                     : groups.template next<kVectors>(0);
