@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ktcore
-from ktcore import ops
+from ktcore import _native, ops
 from ktcore.testing import oracle
 from ktcore.testing.cases import inputs
 
@@ -290,6 +290,13 @@ def test_ids_of_no_tokens(variant):
         topk_weights=torch.ones(0, 2),
     )
     assert out.shape == (0, 65)
+
+
+@pytest.mark.skipif(_native.ext is None, reason="needs the extension")
+@pytest.mark.parametrize("distances", [(0, 0, 0), (-1, -1, 2), (4096, -1, 1)])
+def test_prefetching_that_means_nothing_is_refused(distances):
+    with pytest.raises(ValueError, match=r"set_prefetch: expected bytes .* panel_step of at least"):
+        _native.ext.set_prefetch(*distances)
 
 
 def test_weights_on_another_device_have_no_kernel():

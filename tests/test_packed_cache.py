@@ -480,10 +480,13 @@ def test_replaced_while_in_use(folder):
 def test_packed_weights_over_memory():
     ext = _native.ext
     layout = ext.WeightLayout(
-        "table4", scale_type=1, span=8, inner_scales=True, offsets=True, levels=range(-8, 8)
-    )
+        "table4", scale_type=1, span=8, inner_scales=True, offsets=True, levels=range(-8, 8),
+        largest=8,
+    )  # fmt: skip
     assert ext.WeightLayout(**json.loads(json.dumps(layout.describe()))) == layout
     assert ext.WeightLayout("table4", scale_type=1, span=8, offsets=True) != layout
+    with pytest.raises(ValueError, match="largest: expected 1 to 128, got 129"):
+        ext.WeightLayout("table4", largest=129)
     own = ext.PackedMatrix(layout, 40, 100)
     memory = mmap.mmap(-1, own.nbytes)
     memory[:] = memoryview(own)
