@@ -23,7 +23,7 @@ from thread_scaling import EXPERTS, HIDDEN, LAYERS, TOP_K, layer, timed
 
 BEST = "-1,-1,-1"
 DISTANCES = [BEST, "0,0,1", "4096,4096,2", "8192,8192,2", "2048,8192,1", "4096,8192,2"]
-WARM, CALLS = 5, 30
+WARM, CALLS = 5, 30  # of a turn; fewer with more than 16 tokens, whose calls are long
 
 
 def main(
@@ -40,6 +40,8 @@ def main(
         raise typer.BadParameter(
             "expected three numbers, such as 4096,8192,2", param_hint="--distance"
         )
+    calls = max(3, CALLS * 16 // max(16, tokens))
+    warm = min(WARM, calls)
     torch.manual_seed(0)
     x = torch.randn(tokens, HIDDEN, dtype=torch.bfloat16)
     weights = torch.full((tokens, TOP_K), 1 / TOP_K)
@@ -53,10 +55,10 @@ def main(
                 for at, bytes_ahead in enumerate(distances):
                     _native.ext.set_prefetch(*bytes_ahead)
                     taken = []
-                    for call in range(WARM + CALLS):
+                    for call in range(warm + calls):
                         ids = torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(tokens)])
                         taken.append(timed(x, layers[call % LAYERS], ids, weights))
-                    times[at].append(statistics.median(taken[WARM:]))
+                    times[at].append(statistics.median(taken[warm:]))
             cells = (
                 f" {statistics.median(one) * 1e6:.0f} "
                 f"({statistics.median(a / b for a, b in zip(one, times[0], strict=True)):.2f}) |"
