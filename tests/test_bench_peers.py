@@ -79,6 +79,12 @@ def test_a_wrong_name_lists_the_peers():
             Bench(settings(op="linear", peers=(only_moe,)))
 
 
+def test_plain_torch_multiplies_single_matrices_as_well():
+    bench = Bench(settings(op="linear", formats=("bf16",), peers=("torch",)))
+    bench.run()
+    assert [c.error < 0.01 for c in bench.cells if c.is_peer] == [True, True]
+
+
 # ---------------------------------------------------------------------------- ones that go wrong
 
 
