@@ -4,7 +4,7 @@ are integers of so many bits, with one scale for so many columns, and everything
 
     python examples/activation_bits.py
 
-Why integer kernels take activations as 16 bits: see docs/design.md. Activations and weights are
+Why integer kernels take activations as they do: see docs/design.md. Activations and weights are
 normal; "with outliers", one column in 500 is 20 times as large, as in trained models.
 """
 
@@ -35,13 +35,15 @@ def symmetric(bits: int, group: int) -> Rounding:
 
 
 def centred(bits: int, group: int) -> Rounding:
-    """Integers of `bits` bits between the smallest and the largest of a group."""
+    """Integers of `bits` bits around a multiple of their step: between the smallest and the largest
+    of a group, so that zeros are exact."""
 
     def rounded(x: Tensor) -> Tensor:
         v = x.unflatten(-1, (-1, group))
         low, high = v.amin(-1, keepdim=True), v.amax(-1, keepdim=True)
-        step = (high - low) / (2**bits - 1)
-        return (low + ((v - low) / step).round() * step).flatten(-2)
+        step = (high - low) / (2**bits - 3)
+        centre = ((high + low) / 2 / step).round() * step
+        return (centre + ((v - centre) / step).round() * step).flatten(-2)
 
     return rounded
 
@@ -54,6 +56,8 @@ CASES: dict[str, tuple[Rounding, Rounding]] = {
     "8 bits, groups of 16; down 16 bits": (symmetric(8, 16), symmetric(16, 32)),
     "8 bits centred, groups of 32": (centred(8, 32), centred(8, 32)),
     "8 bits centred, groups of 16": (centred(8, 16), centred(8, 16)),
+    "8 bits centred, groups of 16; down 16 bits": (centred(8, 16), symmetric(16, 32)),
+    "8 bits centred, groups of 32; down 16 bits": (centred(8, 32), symmetric(16, 32)),
     "8 bits, groups of 8": (symmetric(8, 8), symmetric(8, 8)),
     "16 bits, groups of 32": (symmetric(16, 32), symmetric(16, 32)),
 }

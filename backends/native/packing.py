@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,6 +102,11 @@ def _code_layout(levels: list[int]) -> tuple[str, int]:
     return ("table4" if len(levels) <= 16 else "codes8"), 0
 
 
+# Activations of eight bits leave an error of 0.4 % in `linear` and 0.6 % in `moe`, where there are
+# so many numbers that it is near its mean; smaller matrices meet activations of 16 bits.
+BYTE_ROWS, BYTE_COLUMNS = 256, 512
+
+
 class _Packer:
     """Finds the layout that several matrices of a format share, and their data in it."""
 
@@ -154,8 +160,9 @@ class _Packer:
             blocks,
         )
 
-    def layout(self, stored: Codes | Floats, columns: int) -> object:
-        """The layout of matrices like this one, with so many columns."""
+    def layout(self, stored: Codes | Floats, shape: Sequence[int]) -> object:
+        """The layout of matrices like this one, [..., O, I]."""
+        rows, columns = shape[-2:]
         scale_type = DTYPES[self.scale_type or torch.float32]
         if isinstance(stored, Floats):
             name = FLOATS[stored.data.dtype]
@@ -167,8 +174,11 @@ class _Packer:
         levels = stored.levels.tolist()
         name, bias = _code_layout(levels)
         others = (stored.offsets, stored.inner_scales, stored.inner_offsets)
+        bytes_will_do = (
+            self.format.tolerance >= 0.008 and rows >= BYTE_ROWS and columns >= BYTE_COLUMNS
+        )
         if name == "codes8" and stored.scale_size >= columns and all(t is None for t in others):
-            return _native.ext.WeightLayout("int8")
+            return _native.ext.WeightLayout("int8", byte_activations=bytes_will_do)
         small_groups = stored.group_size % GROUP != 0 and stored.group_size < columns
         return _native.ext.WeightLayout(
             name + ("_g16" if small_groups else ""),
@@ -181,6 +191,7 @@ class _Packer:
             levels=levels if name == "table4" else [],
             largest=max(1, *map(abs, levels)),
             reordered=stored.columns is not None,
+            byte_activations=bytes_will_do,
         )
 
 
@@ -233,7 +244,7 @@ def _pack_experts(experts: ExpertWeights) -> object:
     example = of_expert(0)
     packed = _native.ext.PackedExperts(
         *(
-            packers[name].layout(example[name], weight.shape[-1])
+            packers[name].layout(example[name], weight.shape)
             for name, weight in (("gate", experts.gate), ("down", experts.down))
         ),
         experts.num_experts,
@@ -257,9 +268,7 @@ def packed_matrix(weight: QuantTensor) -> object:
             packer = _Packer(weight.format)
             packer.widen(weight)
             stored = packer.read(weight)
-            packed = _native.ext.PackedMatrix(
-                packer.layout(stored, weight.shape[-1]), *weight.shape
-            )
+            packed = _native.ext.PackedMatrix(packer.layout(stored, weight.shape), *weight.shape)
             matrix = packer.matrix(stored)  # holds what its addresses point to
             packed.pack(*matrix.arguments())
             weight.packed[LAYOUT] = packed

@@ -12,8 +12,12 @@ import torch.nn.functional as F
 from ktcore.backends.native.operators import operators
 from ktcore.weights import ExpertWeights
 
-# One for each kind of kernel.
-CHECKED = ("bf16", "f16", "fp8_e4m3", "int8", "int4_g32", "mxfp4")
+# One format for each kind of kernel, with hidden_size and intermediate_size: large ones where
+# activations are then of eight bits.
+CHECKED = (
+    *((format, 40, 48) for format in ("bf16", "f16", "fp8_e4m3", "int8", "int4_g32", "mxfp4")),
+    *((format, 512, 256) for format in ("int8", "int4_g32")),
+)
 
 
 def self_check(backend: str) -> None:
@@ -25,11 +29,15 @@ def self_check(backend: str) -> None:
         return torch.randn(shape, generator=generator)
 
     # So many tokens that what activations lose by rounding is near its mean.
-    x, weights = random(24, 40), torch.rand(24, 2, generator=generator)
+    weights = torch.rand(24, 2, generator=generator)
     ids = torch.tensor([[0, 1], [2, -1], [1, 1]]).repeat(8, 1)
-    for format in CHECKED:
+    for format, hidden_size, intermediate_size in CHECKED:
+        x = random(24, hidden_size)
         experts = ExpertWeights.from_dense(
-            random(3, 48, 40) / 6, random(3, 48, 40) / 6, random(3, 40, 48) / 7, format
+            random(3, intermediate_size, hidden_size) / hidden_size**0.5,
+            random(3, intermediate_size, hidden_size) / hidden_size**0.5,
+            random(3, hidden_size, intermediate_size) / intermediate_size**0.5,
+            format,
         )
         gate, up, down = (
             getattr(experts, name).dequantize(torch.float32) for name in ("gate", "up", "down")

@@ -5,6 +5,7 @@
 
 #include <cstring>
 
+#include "avx2/halves.h"
 #include "common/platform.h"
 #include "common/types.h"
 
@@ -141,6 +142,7 @@ struct Simd {
   static KT_INLINE I sub_i16(I a, I b) { return _mm256_sub_epi16(a, b); }
   static KT_INLINE I set1_i16(int16_t v) { return _mm256_set1_epi16(v); }
   static KT_INLINE I set1_i8(int8_t v) { return _mm256_set1_epi8(v); }
+  static KT_INLINE I add_i8(I a, I b) { return _mm256_add_epi8(a, b); }
   static KT_INLINE I add_i32(I a, I b) { return _mm256_add_epi32(a, b); }
   static KT_INLINE I times_256(I a) { return _mm256_slli_epi32(a, 8); }
   static KT_INLINE void store_i(void* p, I v) {
@@ -207,6 +209,10 @@ struct Simd {
       x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0xb1));
       sum[i] = _mm_cvtsi128_si32(x);
     }
+  }
+  // Of the first and of the last 16 of 32 values.
+  static KT_INLINE void halves(const F* v, float* most, float* minus_least) {
+    extremes(max(v[0], v[1]), min(v[0], v[1]), max(v[2], v[3]), min(v[2], v[3]), most, minus_least);
   }
   // Rounds 32 values v * inverse to int8.
   static KT_INLINE void quantize32(const F* v, F inverse, int8_t* out) {

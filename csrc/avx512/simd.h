@@ -11,6 +11,7 @@
 #include <bit>
 #include <cstring>
 
+#include "avx2/halves.h"
 #include "common/platform.h"
 #include "common/types.h"
 
@@ -159,6 +160,7 @@ struct Simd {
   static KT_INLINE I sub_i16(I a, I b) { return _mm512_sub_epi16(a, b); }
   static KT_INLINE I set1_i16(int16_t v) { return _mm512_set1_epi16(v); }
   static KT_INLINE I set1_i8(int8_t v) { return _mm512_set1_epi8(v); }
+  static KT_INLINE I add_i8(I a, I b) { return _mm512_add_epi8(a, b); }
   static KT_INLINE I add_i32(I a, I b) { return _mm512_add_epi32(a, b); }
   static KT_INLINE I times_256(I a) { return _mm512_slli_epi32(a, 8); }
   static KT_INLINE void store_i(void* p, I v) { _mm512_storeu_si512(p, v); }
@@ -214,6 +216,13 @@ struct Simd {
                             _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(q, 0xd8), 0xd8));
       }
     }
+  }
+  // Of the first and of the last 16 of 32 values.
+  static KT_INLINE void halves(const F* v, float* most, float* minus_least) {
+    const __m256 a = _mm512_castps512_ps256(v[0]), b = _mm512_extractf32x8_ps(v[0], 1);
+    const __m256 c = _mm512_castps512_ps256(v[1]), d = _mm512_extractf32x8_ps(v[1], 1);
+    extremes(_mm256_max_ps(a, b), _mm256_min_ps(a, b), _mm256_max_ps(c, d), _mm256_min_ps(c, d),
+             most, minus_least);
   }
   // Rounds 32 values v * inverse to int8.
   static KT_INLINE void quantize32(const F* v, F inverse, int8_t* out) {

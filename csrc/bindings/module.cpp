@@ -323,7 +323,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<WeightLayout>(m, "WeightLayout")
       .def(py::init([](const std::string& format, int scale_type, int64_t span, bool inner_scales,
                        bool offsets, bool inner_offsets, int bias, const std::vector<int>& levels,
-                       int largest, bool reordered) {
+                       int largest, bool reordered, bool byte_activations) {
              need_positive("span", span);
              if (levels.size() > 16) throw std::invalid_argument("levels: at most 16");
              WeightLayout layout;
@@ -340,6 +340,7 @@ PYBIND11_MODULE(_C, m) {
              }
              layout.largest = largest;
              layout.reordered = reordered;
+             layout.byte_activations = byte_activations;
              for (size_t i = 0; i < levels.size(); ++i) {
                layout.levels[i] = static_cast<int8_t>(levels[i]);
              }
@@ -349,7 +350,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("inner_scales") = false, py::arg("offsets") = false,
            py::arg("inner_offsets") = false, py::arg("bias") = 0,
            py::arg("levels") = std::vector<int>{}, py::arg("largest") = 128,
-           py::arg("reordered") = false)
+           py::arg("reordered") = false, py::arg("byte_activations") = false)
       .def(
           "describe",
           [](const WeightLayout& self) {
@@ -363,6 +364,7 @@ PYBIND11_MODULE(_C, m) {
             out["bias"] = self.bias;
             out["largest"] = self.largest;
             out["reordered"] = self.reordered;
+            out["byte_activations"] = self.byte_activations;
             out["levels"] = std::vector<int>(std::begin(self.levels), std::end(self.levels));
             return out;
           },

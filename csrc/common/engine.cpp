@@ -43,13 +43,13 @@ void with_scratch(ThreadPool& pool, Layout&& layout) {
   layout(real);
 }
 
-// Cuts `count` consecutive rows into tiles of at most `max` that differ by one at most.
+// Cuts rows [first, end) into tiles of at most `max` that differ by one at most.
 template <class Emit>
-void for_each_tile(int64_t first, int64_t count, int64_t max, Emit&& emit) {
-  const int64_t tiles = ceil_div(count, max);
+void for_each_tile(int64_t first, int64_t end, int64_t max, bool fine, Emit&& emit) {
+  const int64_t count = end - first, tiles = ceil_div(count, max);
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t tokens = count / tiles + (i < count % tiles ? 1 : 0);
-    emit(TokenTile{static_cast<int32_t>(first), static_cast<int32_t>(tokens)});
+    emit(TokenTile{static_cast<int32_t>(first), static_cast<int32_t>(tokens), fine});
     first += tokens;
   }
 }
@@ -58,8 +58,22 @@ const float* row_of(const float* matrix, int64_t row, int64_t columns) {
   return matrix == nullptr ? nullptr : matrix + row * columns;
 }
 
-Rounding rounding(const FormatKernels& kernels, const WeightLayout& layout, bool exact) {
-  return {exact ? kernels.exact_planes : kernels.planes, layout.largest_activation()};
+// How exact results have to be of weights that activations are multiplied with.
+Accuracy accuracy(const WeightLayout& layout, bool exact) {
+  if (exact) return Accuracy::exact;
+  return layout.byte_activations ? Accuracy::int8 : Accuracy::bf16;
+}
+// The same for what gate and up have put out: their product has a long tail, so that bytes would lose as much
+// of it as of all that comes before, together more than integer formats may.
+Accuracy down_accuracy(bool exact) { return exact ? Accuracy::exact : Accuracy::bf16; }
+
+const FormatKernels& kernels_for(const KernelTable& table, const WeightLayout& layout,
+                                 Accuracy accuracy) {
+  return table.formats[static_cast<int>(accuracy)].of[static_cast<int>(layout.format)];
+}
+
+Rounding rounding(const FormatKernels& kernels, const WeightLayout& layout) {
+  return {kernels.planes, layout.largest_activation(), layout.byte_bias()};
 }
 
 }  // namespace
@@ -91,8 +105,9 @@ void set_prefetch(Prefetch prefetch) {
 
 void moe(const KernelTable& table, const MoeArgs& args) {
   const PackedExperts& experts = *args.experts;
-  const FormatKernels& gate_up = table.format[static_cast<int>(experts.gate_up_layout.format)];
-  const FormatKernels& down = table.format[static_cast<int>(experts.down_layout.format)];
+  const FormatKernels& gate_up =
+      kernels_for(table, experts.gate_up_layout, accuracy(experts.gate_up_layout, args.exact));
+  const FormatKernels& down = kernels_for(table, experts.down_layout, down_accuracy(args.exact));
   const int64_t slots = args.tokens * args.top_k;
 
   const auto pool = default_pool();
@@ -110,21 +125,25 @@ void moe(const KernelTable& table, const MoeArgs& args) {
   job.gate_up_runs = experts.gate_up_runs().data();
   job.down_runs = experts.down_runs().data();
   job.runs = static_cast<int64_t>(experts.gate_up_runs().size());
-  job.rounding = rounding(gate_up, experts.gate_up_layout, args.exact);
-  job.mid_rounding = rounding(down, experts.down_layout, args.exact);
+  job.rounding = rounding(gate_up, experts.gate_up_layout);
+  job.mid_rounding = rounding(down, experts.down_layout);
   const int planes = job.rounding.planes, mid_planes = job.mid_rounding.planes;
   const int64_t in_token_bytes = planes * gate_up.row_bytes(job.hidden_size);
   const int64_t mid_token_bytes = mid_planes * down.row_bytes(job.intermediate_size);
   // Both halves use the same tiles.
   const int64_t tile_tokens = std::min(gate_up.max_rows / planes, down.max_rows / mid_planes);
 
+  // Pairs are sorted by kind: twice their expert's number, and one more if their token is fine.
+  const int64_t kinds = 2 * experts.num_experts;
+  uint8_t* fine;
   int32_t *begin, *cursor, *pair_token;
   float* pair_weight;
   ActiveExpert* active;
   TokenTile* tiles;
   with_scratch(*pool, [&](Arena& arena) {
-    arena.take(begin, experts.num_experts + 1);
-    arena.take(cursor, experts.num_experts);
+    arena.take(fine, gate_up.mark_fine == nullptr ? 0 : args.tokens);
+    arena.take(begin, kinds + 1);
+    arena.take(cursor, kinds);
     arena.take(pair_token, slots);
     arena.take(pair_weight, slots);
     arena.take(active, std::min(slots, experts.num_experts));
@@ -136,8 +155,16 @@ void moe(const KernelTable& table, const MoeArgs& args) {
     arena.take(job.sum, args.tokens * round_up(job.hidden_size, kBlockRows));
   });
 
-  // Counting sort of the (token, expert) pairs by expert; within an expert in token order.
-  std::fill(begin, begin + experts.num_experts + 1, 0);
+  if (gate_up.mark_fine != nullptr) {
+    gate_up.mark_fine(args.x, args.tokens, experts.hidden_size, fine, *pool);
+    job.fine = fine;
+  }
+  const auto kind_of = [&](int64_t slot) {
+    return 2 * args.ids[slot] + (job.fine == nullptr ? 0 : job.fine[slot / args.top_k]);
+  };
+
+  // Counting sort of the (token, expert) pairs; within a kind in token order.
+  std::fill(begin, begin + kinds + 1, 0);
   for (int64_t i = 0; i < slots; ++i) {
     const int64_t id = args.ids[i];
     if (id < -1 || id >= experts.num_experts) {
@@ -146,23 +173,23 @@ void moe(const KernelTable& table, const MoeArgs& args) {
                               "; expected -1 (not computed here) or 0 to " +
                               std::to_string(experts.num_experts - 1));
     }
-    if (id >= 0) ++begin[id + 1];
+    if (id >= 0) ++begin[kind_of(i) + 1];
   }
-  for (int64_t e = 0; e < experts.num_experts; ++e) {
-    begin[e + 1] += begin[e];
-    cursor[e] = begin[e];
+  for (int64_t kind = 0; kind < kinds; ++kind) {
+    begin[kind + 1] += begin[kind];
+    cursor[kind] = begin[kind];
   }
   for (int64_t i = 0; i < slots; ++i) {
-    const int64_t id = args.ids[i];
-    if (id < 0) continue;
-    pair_token[cursor[id]] = static_cast<int32_t>(i / args.top_k);
-    pair_weight[cursor[id]++] = args.weights[i];
+    if (args.ids[i] < 0) continue;
+    const int32_t at = cursor[kind_of(i)]++;
+    pair_token[at] = static_cast<int32_t>(i / args.top_k);
+    pair_weight[at] = args.weights[i];
   }
 
   int32_t tile_count = 0, active_count = 0;
   for (int64_t e = 0; e < experts.num_experts; ++e) {
-    const int64_t count = begin[e + 1] - begin[e];
-    if (count == 0) continue;
+    const int32_t first = begin[2 * e], middle = begin[2 * e + 1], end = begin[2 * e + 2];
+    if (first == end) continue;
     ActiveExpert& expert = active[active_count++];
     expert.number = e;
     expert.gate_columns = experts.columns(e, PackedExperts::Projection::gate);
@@ -171,12 +198,14 @@ void moe(const KernelTable& table, const MoeArgs& args) {
     expert.gate_bias = row_of(args.gate_bias, e, experts.intermediate_size);
     expert.up_bias = row_of(args.up_bias, e, experts.intermediate_size);
     expert.down_bias = row_of(args.down_bias, e, experts.hidden_size);
+    const auto emit = [&](TokenTile tile) { tiles[tile_count++] = tile; };
     expert.tile_begin = tile_count;
-    for_each_tile(begin[e], count, tile_tokens,
-                  [&](TokenTile tile) { tiles[tile_count++] = tile; });
+    for_each_tile(first, middle, tile_tokens, false, emit);
+    expert.fine_begin = tile_count;
+    for_each_tile(middle, end, tile_tokens, true, emit);
     expert.tile_end = tile_count;
   }
-  job.pairs = begin[experts.num_experts];
+  job.pairs = begin[kinds];
   job.pair_token = pair_token;
   job.pair_weight = pair_weight;
   job.experts = active_count;
@@ -192,7 +221,8 @@ void moe(const KernelTable& table, const MoeArgs& args) {
 
 void linear(const KernelTable& table, const LinearArgs& args) {
   const PackedMatrix& weight = *args.weight;
-  const FormatKernels& kernels = table.format[static_cast<int>(weight.layout.format)];
+  const FormatKernels& kernels =
+      kernels_for(table, weight.layout, accuracy(weight.layout, args.exact));
   const auto pool = default_pool();
   std::lock_guard<std::mutex> guard(pool->lock());
 
@@ -206,17 +236,35 @@ void linear(const KernelTable& table, const LinearArgs& args) {
   job.weight = weight.buffer.data();
   job.columns = weight.columns();
   job.bias = args.bias;
-  job.rounding = rounding(kernels, weight.layout, args.exact);
+  job.rounding = rounding(kernels, weight.layout);
   job.prefetch = prefetch(weight.layout, args.tokens);
   const int64_t token_bytes = job.rounding.planes * kernels.row_bytes(weight.cols);
+  const int64_t marked = kernels.mark_fine == nullptr ? 0 : args.tokens;
+  uint8_t* fine;
+  int32_t* order;
   TokenTile* tiles;
   with_scratch(*pool, [&](Arena& arena) {
+    arena.take(fine, marked);
+    arena.take(order, marked);
     arena.take(tiles, args.tokens);
     arena.take(job.tokens_encoded, args.tokens * token_bytes);
     arena.take(job.tiles_encoded, args.tokens * token_bytes);
   });
-  for_each_tile(0, args.tokens, kernels.max_rows / job.rounding.planes,
-                [&](TokenTile tile) { tiles[job.tile_count++] = tile; });
+  int64_t plain = args.tokens;  // how many tokens are not fine: these come first
+  if (marked > 0) {
+    kernels.mark_fine(args.x, args.tokens, weight.cols, fine, *pool);
+    plain = std::count(fine, fine + args.tokens, 0);
+    job.fine = fine;
+  }
+  if (plain < args.tokens) {
+    int64_t next[] = {0, plain};
+    for (int64_t t = 0; t < args.tokens; ++t) order[next[fine[t]]++] = static_cast<int32_t>(t);
+    job.order = order;
+  }
+  const int64_t tile_tokens = kernels.max_rows / job.rounding.planes;
+  const auto emit = [&](TokenTile tile) { tiles[job.tile_count++] = tile; };
+  for_each_tile(0, plain, tile_tokens, false, emit);
+  for_each_tile(plain, args.tokens, tile_tokens, true, emit);
   job.tiles = tiles;
   kernels.linear(job, *pool);
 }

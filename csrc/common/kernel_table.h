@@ -13,6 +13,7 @@ class ThreadPool;
 struct TokenTile {
   int32_t first;   // index of the first (token, expert) pair, or of the first token
   int32_t tokens;  // how many
+  bool fine;  // whether their activations are taken more finely than others': see FormatKernels
 };
 
 struct ActiveExpert {
@@ -20,7 +21,7 @@ struct ActiveExpert {
   const float *gate_bias, *up_bias, *down_bias;  // each may be null
   // [hidden_size] and [intermediate_size], null unless the layout is reordered.
   const int32_t *gate_columns, *up_columns, *down_columns;
-  int32_t tile_begin, tile_end;  // its tiles
+  int32_t tile_begin, fine_begin, tile_end;  // its tiles, and those of them that are fine
 };
 
 // How far ahead of its loads a thread asks for the weights of few tokens, in bytes, for either cache;
@@ -29,10 +30,11 @@ struct Prefetch {
   int64_t first_level, second_level, panel_step;
 };
 
-// How finely activations are rounded: the rows of a tile that a token takes, and for integers the largest.
+// How finely activations are rounded: the rows of a tile that a token takes, and for integers of 16 bits the
+// largest. With bytes, what those that stand for weights are larger by.
 struct Rounding {
   int planes;
-  int32_t largest;
+  int32_t largest, byte_bias;
 };
 
 // One call of `moe`, planned: pairs (token, expert) are sorted by expert. All memory is the caller's.
@@ -52,6 +54,7 @@ struct MoeJob {
   int64_t tile_count;
   Activation activation;
   Rounding rounding, mid_rounding;  // for gate and up, and for down
+  const uint8_t* fine;              // [tokens], 1 for those of fine tiles; null: none are
   // Scratch: encoded tokens, encoded tiles for gate and up, for down, and the f32 sum.
   uint8_t* tokens_encoded;
   uint8_t* in_encoded;
@@ -69,9 +72,11 @@ struct LinearJob {
   const uint8_t* weight;
   const int32_t* columns;  // [cols], where the layout is reordered
   const float* bias;       // may be null
+  const int32_t* order;    // [tokens], the tokens that tiles number; null: in their own order
   const TokenTile* tiles;
   int64_t tile_count;
   Rounding rounding;
+  const uint8_t* fine;  // as in MoeJob
   uint8_t* tokens_encoded;
   uint8_t* tiles_encoded;
   Prefetch prefetch;
@@ -183,7 +188,7 @@ struct QuantizeJob {
   void* scales;
 };
 
-// What activations are rounded to; an index into FormatKernels::gate_up.
+// What the activations of `down` are rounded to; an index into FormatKernels::gate_up.
 enum class Encoding : int { int16 = 0, f32 = 1, bf16 = 2 };
 
 // How one weight format is computed on one instruction set.
@@ -191,19 +196,29 @@ struct FormatKernels {
   // The two halves of `moe`; gate and up leave their result in down's encoding. Null for one that
   // the instruction set does not use.
   void (*gate_up[3])(const MoeJob&, ThreadPool&);
-  void (*down)(const MoeJob&, ThreadPool&);
+  void (*down)(const MoeJob&,
+               ThreadPool&);  // null: another accuracy's takes what gate and up leave
   void (*linear)(const LinearJob&, ThreadPool&);
-  Encoding encoding;
-  int max_rows;      // rows of the largest tile; a token takes `planes` rows
-  int planes;        // rows that an activation takes by default
-  int exact_planes;  // and when exact results are asked for
+  Encoding encoding;  // not of bytes, which `down` does not take
+  int max_rows;       // rows of the largest tile; a token takes `planes` rows
+  int planes;
   // Bytes of one row of an encoded tile with `cols` columns.
   int64_t (*row_bytes)(int64_t cols);
+  // Marks the tokens whose activations are to be taken more finely, in tiles of their own: whichever the
+  // format's encoding would change too much. Null: it suits all.
+  void (*mark_fine)(const ConstRows& x, int64_t tokens, int64_t cols, uint8_t* fine, ThreadPool&);
+};
+
+// How exact activations are taken: for exact results, or as bf16 or signed bytes are.
+enum class Accuracy : int { exact = 0, bf16 = 1, int8 = 2 };
+
+struct AllFormats {
+  FormatKernels of[kWeightFormats];
 };
 
 struct KernelTable {
   const char* name;
-  FormatKernels format[kWeightFormats];
+  AllFormats formats[3];  // by Accuracy
   void (*route)(const RouteJob&, ThreadPool&);
   void (*rms_norm)(const NormJob&, ThreadPool&);
   void (*rotary)(const RotaryJob&, ThreadPool&);

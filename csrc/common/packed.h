@@ -59,6 +59,8 @@ struct WeightLayout {
   int8_t levels[16] = {};
   int32_t largest = 128;   // that a weight is before it is scaled, its sign left out
   bool reordered = false;  // the columns are in an order of their own, which the matrix holds
+  // For integers: whether activations of eight bits are exact enough, if exact results are not asked for.
+  bool byte_activations = false;
 
   KT_INLINE bool operator==(const WeightLayout&) const = default;
 
@@ -117,6 +119,11 @@ struct WeightLayout {
     if (!folded()) return kLargest;
     const int64_t fits = 0x7fffffff / (kGroup * 128 * largest);
     return fits < kLargest ? static_cast<int32_t>(fits) : kLargest;
+  }
+  // What unsigned bytes that stand for weights, before they are scaled, are larger by.
+  KT_INLINE int32_t byte_bias() const {
+    const bool table = format == WeightFormat::table4 || format == WeightFormat::table4_g16;
+    return table || code_bits() == 8 || code_bits() == 0 ? 128 : bias;
   }
   // Bytes of the codes or numbers of one group of 32 columns of a block.
   KT_INLINE int64_t value_bytes() const {

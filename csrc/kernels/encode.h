@@ -18,9 +18,8 @@ static KT_INLINE void copy_rows(const uint8_t* from, int count, uint8_t* to, int
   }
 }
 
-// 16-bit integers, or of fewer bits where a layout allows no larger ones, with one scale per group of 32. Eight bits would halve the dot products of large
-// batches, but leave 0.5 % of error in the first matrix and 1.2 % in the whole of `moe`; sixteen
-// leave 0.003 %.
+// 16-bit integers, or of fewer bits where a layout allows no larger ones, with one scale per group of 32:
+// they leave 0.003 % of error.
 //
 // Four columns at a time are two items of four bytes, as Quads (quads.h) takes them:
 // item[K/2][R]; scale[K/32][R] f32; sum[K/16][R] i32, of 16 columns' integers each, which undo the
@@ -43,7 +42,7 @@ struct Int16Codec {
     return reinterpret_cast<const float*>(sums(tile, rows, groups) + 2 * rows * groups);
   }
 
-  static KT_INLINE void encode(const F* v, Rounding rounding, uint8_t* tile, int64_t rows,
+  static KT_INLINE void encode(const F* v, int64_t, Rounding rounding, uint8_t* tile, int64_t rows,
                                int64_t row, int64_t group, int64_t groups) {
     const float amax = S::absmax32(v);
     // Below this the reciprocal overflows: such a group is zero for every practical purpose.
@@ -102,6 +101,134 @@ struct Int16Codec {
   }
 };
 
+// Signed bytes, with a scale and a centre for each 16 columns: an activation is scale * q + centre. With 16
+// columns and a centre between their smallest and their largest, `linear` loses 0.4 % (docs/design.md). A
+// centre is a multiple of its scale, so that zeros are exact, and numbers near zero beside a large one are
+// not all off by the same.
+//
+// item[K/4][R] of four q; scale[K/16][R] f32; start[K/16][R] i32, the sum of 16 q times minus the bias of
+// unsigned bytes that stand for weights; value[3 K/32][R] f32, of 16, 16 and all 32 columns' scale * q, which
+// the weights' offsets multiply; centre[K/16][R] f32.
+template <class S>
+struct ByteCodec {
+  using F = typename S::F;
+  static constexpr int64_t kHalf = kGroup / 2;
+  static constexpr int kVectors = static_cast<int>(kHalf) / S::kLanes;  // of 16 columns
+  static constexpr int64_t kWords = kGroup / 4 + 9;                     // of a group
+
+  static constexpr int64_t row_bytes(int64_t cols) { return ceil_div(cols, kGroup) * kWords * 4; }
+
+  // 32 columns as bytes, of which the first `count` are the token's.
+  struct Bytes {
+    F n[2 * kVectors];  // the q
+    float scale[2], centre[2];
+
+    KT_INLINE Bytes(const F* v, int64_t count) {
+      float most[2], minus_least[2];
+      S::halves(v, most, minus_least);
+      for (int half = 0; half < 2; ++half) {
+        // Where others share 16 columns with the token's, there is no centre: zeros, which the weights there
+        // may not be, have to come out as zeros.
+        const bool whole = count >= (half + 1) * kHalf;
+        const float larger = most[half] > minus_least[half] ? most[half] : minus_least[half];
+        // (Halves, as the sum of the two may be infinite.)
+        const float radius =
+            whole ? 0.5f * most[half] + 0.5f * minus_least[half] : larger * (126.5f / 127);
+        // Below this the reciprocal overflows: such columns are their centre for every practical purpose.
+        const float steps = radius >= 1e-30f ? 126.5f / radius : 0.0f;
+        scale[half] = steps > 0 ? radius * (1 / 126.5f) : 0.0f;
+        centre[half] = 0;
+        if (whole) {
+          centre[half] = 0.5f * most[half] - 0.5f * minus_least[half];
+          const float multiple = centre[half] * steps;
+          if (steps > 0 && multiple < 1e6f && multiple > -1e6f) {
+            centre[half] =
+                scale[half] *
+                static_cast<float>(static_cast<int32_t>(multiple + (multiple < 0 ? -0.5f : 0.5f)));
+          }
+        }
+        for (int i = half * kVectors; i < (half + 1) * kVectors; ++i) {
+          n[i] = S::round(S::mul(S::sub(v[i], S::set1(centre[half])), S::set1(steps)));
+        }
+      }
+    }
+  };
+
+  static KT_INLINE void encode(const F* v, int64_t count, Rounding rounding, uint8_t* tile,
+                               int64_t rows, int64_t row, int64_t group, int64_t groups) {
+    const auto word = [&](int64_t before, int64_t size, int64_t i) {
+      return tile + ((groups * before + group * size + i) * rows + row) * 4;
+    };
+    Bytes bytes(v, count);
+    alignas(64) int8_t q[kGroup];
+    S::quantize32(bytes.n, S::set1(1), q);
+    // An infinite or NaN value makes the whole token NaN, as the exact sum of products would be.
+    if (!(S::absmax32(v) <= 3.4028235e38f)) {
+      for (int half = 0; half < 2; ++half) {
+        bytes.scale[half] = std::numeric_limits<float>::quiet_NaN();
+        bytes.centre[half] = 0;
+      }
+      std::memset(q, 0, sizeof(q));
+    }
+    for (int64_t i = 0; i < kGroup / 4; ++i) std::memcpy(word(0, 8, i), q + 4 * i, 4);
+    int32_t sum[2];
+    byte_sums(q, sum);
+    float value[3] = {};
+    for (int half = 0; half < 2; ++half) {
+      value[half] = bytes.scale[half] * static_cast<float>(sum[half]);
+      value[2] += value[half];
+      const int32_t start = -rounding.byte_bias * sum[half];
+      std::memcpy(word(8, 2, half), &bytes.scale[half], 4);
+      std::memcpy(word(10, 2, half), &start, 4);
+      std::memcpy(word(15, 2, half), &bytes.centre[half], 4);
+    }
+    for (int i = 0; i < 3; ++i) std::memcpy(word(12, 3, i), &value[i], 4);
+  }
+
+  static KT_INLINE void gather(const uint8_t* token, int, uint8_t* tile, int64_t rows, int64_t row,
+                               int64_t groups) {
+    copy_rows<4>(token, 1, tile, rows, row, groups * kWords);
+  }
+};
+
+// How much of a token ByteCodec loses: the square of what it leaves out over that of the token; 0 if it has no
+// number to lose something of.
+template <class S>
+static float byte_loss(const ConstRows& x, int64_t token, int64_t cols) {
+  using Rows = Rows32<S>;
+  using F = typename S::F;
+  const auto each = [&](auto&& f) {
+    for (int64_t at = 0; at < cols; at += kGroup) {
+      const int64_t count = cols - at < kGroup ? cols - at : kGroup;
+      F v[Rows::kVectors];
+      Rows::load(x, token, at, count, v);
+      f(v, count);
+    }
+  };
+  float largest = 0;
+  each([&](const F* v, int64_t) {
+    const float here = S::absmax32(v);
+    if (!(here <= largest)) largest = here;
+  });
+  if (!(largest >= 1e-30f && largest <= 3.4028235e38f)) return 0;
+  const F inverse = S::set1(1 / largest);  // whose squares are no infinities
+  F squares = S::zero(), lost = S::zero();
+  each([&](F* v, int64_t count) {
+    for (int i = 0; i < Rows::kVectors; ++i) {
+      v[i] = S::mul(v[i], inverse);
+      squares = S::fma(v[i], v[i], squares);
+    }
+    const typename ByteCodec<S>::Bytes bytes(v, count);
+    for (int i = 0; i < Rows::kVectors; ++i) {
+      const int half = 2 * i / Rows::kVectors;
+      const F from_centre = S::sub(v[i], S::set1(bytes.centre[half]));
+      const F rest = S::fma(bytes.n[i], S::set1(-bytes.scale[half]), from_centre);
+      lost = S::fma(rest, rest, lost);
+    }
+  });
+  return S::sum(lost) / S::sum(squares);
+}
+
 // Pairs of floats, for fused multiply-adds: exact. Tile: pair[K/2][R] of float[2].
 template <class S>
 struct FloatCodec {
@@ -113,8 +240,8 @@ struct FloatCodec {
     return ceil_div(cols, kGroup) * kGroup / 2 * kPairBytes;
   }
 
-  static KT_INLINE void encode(const F* v, Rounding, uint8_t* tile, int64_t rows, int64_t row,
-                               int64_t group, int64_t) {
+  static KT_INLINE void encode(const F* v, int64_t, Rounding, uint8_t* tile, int64_t rows,
+                               int64_t row, int64_t group, int64_t) {
     alignas(64) float values[kGroup];
     for (int i = 0; i < kVectors; ++i) S::store(values + i * S::kLanes, v[i]);
     for (int64_t i = 0; i < kGroup / 2; ++i) {
@@ -141,8 +268,8 @@ struct Bf16Codec {
     return ceil_div(cols, kGroup) * kGroup / 2 * kPairBytes;
   }
 
-  static KT_INLINE void encode(const F* values, Rounding rounding, uint8_t* tile, int64_t rows,
-                               int64_t row, int64_t group, int64_t) {
+  static KT_INLINE void encode(const F* values, int64_t, Rounding rounding, uint8_t* tile,
+                               int64_t rows, int64_t row, int64_t group, int64_t) {
     constexpr int64_t kPairs = kGroup / 2;
     alignas(64) uint16_t bf16[kGroup];
     F v[kVectors];

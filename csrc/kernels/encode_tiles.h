@@ -17,38 +17,64 @@ static void encode_token(const ConstRows& x, int64_t token, int64_t cols, const 
     } else {
       Rows32<S>::load_listed(x, token, columns + g * kGroup, count, v);
     }
-    Codec::encode(v, rounding, tile, rows, row, g, groups);
+    Codec::encode(v, count, rounding, tile, rows, row, g, groups);
   }
 }
 
-template <class S, class Codec>
+// A token's activations take as many bytes of memory either way.
+template <class Format>
+static constexpr int64_t token_bytes_of(int planes, int64_t cols) {
+  const int64_t bytes = Format::Codec::row_bytes(cols), fine = Format::Fine::Codec::row_bytes(cols);
+  return planes * (bytes > fine ? bytes : fine);
+}
+
+// Calls f with a value of the codec that is for fine tokens, or for others.
+template <class Format, class F>
+static KT_INLINE void with_codec(bool fine, F&& f) {
+  if constexpr (std::is_same_v<typename Format::Fine, Format>) {
+    f(typename Format::Codec());
+  } else if (fine) {
+    f(typename Format::Fine::Codec());
+  } else {
+    f(typename Format::Codec());
+  }
+}
+
+template <class S, class Format>
 static void encode_tokens(ThreadPool& pool, const ConstRows& x, int64_t tokens, int64_t cols,
-                          const int32_t* columns, Rounding rounding, uint8_t* encoded) {
+                          const int32_t* columns, Rounding rounding, const uint8_t* fine,
+                          uint8_t* encoded) {
   const int planes = rounding.planes;
-  const int64_t token_bytes = planes * Codec::row_bytes(cols);
+  const int64_t token_bytes = token_bytes_of<Format>(planes, cols);
   // A few microseconds a task; one token is done where it is.
   const int64_t per_task = ceil_div(16384, cols);
   parallel_for(pool, ceil_div(tokens, per_task), [&](int64_t task, int) {
     const int64_t end = task * per_task + per_task < tokens ? task * per_task + per_task : tokens;
     for (int64_t t = task * per_task; t < end; ++t) {
-      encode_token<S, Codec>(x, t, cols, columns, rounding, encoded + t * token_bytes, planes, 0);
+      with_codec<Format>(fine != nullptr && fine[t], [&](auto codec) {
+        encode_token<S, decltype(codec)>(x, t, cols, columns, rounding, encoded + t * token_bytes,
+                                         planes, 0);
+      });
     }
   });
 }
 
 // Interleaves the tokens of each tile of more than one; `token_of(i)` is the token of pair i.
-template <class Codec, class TokenOf>
+template <class Format, class TokenOf>
 static void gather_tiles(ThreadPool& pool, const TokenTile* tiles, int64_t count, int64_t cols,
                          int planes, const uint8_t* encoded, uint8_t* out, TokenOf token_of) {
   const int64_t groups = ceil_div(cols, kGroup);
-  const int64_t token_bytes = planes * Codec::row_bytes(cols);
+  const int64_t token_bytes = token_bytes_of<Format>(planes, cols);
   parallel_for(pool, count, [&](int64_t i, int) {
     const TokenTile& tile = tiles[i];
     if (tile.tokens == 1) return;
-    for (int32_t t = 0; t < tile.tokens; ++t) {
-      Codec::gather(encoded + token_of(tile.first + t) * token_bytes, planes,
-                    out + tile.first * token_bytes, tile.tokens * planes, t * planes, groups);
-    }
+    with_codec<Format>(tile.fine, [&](auto codec) {
+      for (int32_t t = 0; t < tile.tokens; ++t) {
+        decltype(codec)::gather(encoded + token_of(tile.first + t) * token_bytes, planes,
+                                out + tile.first * token_bytes, tile.tokens * planes, t * planes,
+                                groups);
+      }
+    });
   });
 }
 

@@ -5,12 +5,15 @@
 //   expand   widens a piece of the block into a panel in the first-level cache, which Panel::dot then
 //            multiplies with tile after tile: for many, bound by the dot-product units
 //
-// Both add a range of a block's groups to sums in memory.
+// Both add a range of a block's groups to sums in memory; those of a format that `kOverwrites` do not read them
+// for the first range.
 //
 // Every output is summed in the order of the columns in one lane, whatever R is and whichever way is
 // taken, so a token's result does not depend on which tokens share its batch.
 //
 // The loops are functions of their own: inlined into their callers, compilers run out of registers.
+//
+// `Fine` is the format's struct for tokens whose activations its own codec would change too much.
 //
 // Adding a layout: a struct like these, and a line in table.inl.
 #pragma once
@@ -112,6 +115,16 @@ static KT_INLINE void clear_sums(typename S::F (&sum)[V][R]) {
   for (int v = 0; v < V; ++v) {
     KT_UNROLL
     for (int r = 0; r < R; ++r) sum[v][r] = S::zero();
+  }
+}
+// The sums that a range adds to: none before the first.
+template <class S, int V, int R>
+static KT_INLINE void begin_sums(Range range, typename S::F (&sum)[V][R], const float* out,
+                                 int v0) {
+  if (range.first == 0) {
+    clear_sums<S>(sum);
+  } else {
+    load_sums<S>(sum, out, v0);
   }
 }
 // Adds a piece's sums to `out`: their multiples, where they are of scaled weights.
@@ -243,13 +256,26 @@ struct Int16Panel {
   }
 };
 
+// Multiplies the sums of a block's rows, of `rows` activations, by these rows' scales.
+template <class S>
+static KT_INLINE void scale_rows(const uint8_t* scales, float* out, int64_t rows) {
+  for (int v = 0; v < kBlockRows; v += S::kLanes) {
+    const typename S::F scale = S::load(reinterpret_cast<const float*>(scales) + v);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* to = out + r * kBlockRows + v;
+      S::store(to, S::mul(S::load(to), scale));
+    }
+  }
+}
+
 template <class S>
 struct Int8Channel {
+  using Fine = Int8Channel;
   using Codec = Int16Codec<S>;
   using Panel = Int16Panel<S, 0>;
   static constexpr int kMaxRows = S::kIntRows;
-  static constexpr int kPlanes = 1, kExactPlanes = 1;
-  static constexpr int kDirectTiles = 2;
+  static constexpr int kDirectTiles = 2, kDirectRows = S::kByteRows;
+  static constexpr bool kOverwrites = false;
   static constexpr int kUnits = static_cast<int>(kGroup) / 4;
   static constexpr int64_t kGroupBytes = kUnits * kUnitBytes;
 
@@ -312,16 +338,8 @@ struct Int8Channel {
     }
   }
 
-  // Applies the channels' scales.
   static KT_INLINE void finish(const uint8_t* block, int64_t groups, float* out, int64_t rows) {
-    const auto* channel = reinterpret_cast<const float*>(block + groups * kGroupBytes);
-    for (int v = 0; v < kBlockRows; v += S::kLanes) {
-      const typename S::F scale = S::load(channel + v);
-      for (int64_t r = 0; r < rows; ++r) {
-        float* to = out + r * kBlockRows + v;
-        S::store(to, S::mul(S::load(to), scale));
-      }
-    }
+    scale_rows<S>(block + groups * kGroupBytes, out, rows);
   }
 };
 
@@ -386,11 +404,11 @@ class Groups {
   template <int V>
   KT_INLINE void convert(const uint8_t* p, int v0) {
     convert_set<V>(p, v0, scale_[0]);
-    if (kSets == 2 && both_sets_) convert_set<V>(p + layout_.set_bytes(), v0, scale_[kSets - 1]);
+    if (kSets == 2 && both_sets_) convert_set<V>(p + layout_.set_bytes(), v0, scale_[kSecond]);
     if (!layout_.offsets) return;
     p += layout_.outer_sets() * layout_.set_bytes();
     convert_set<V>(p, v0, offset_[0]);
-    if (kSets == 2 && both_sets_) convert_set<V>(p + layout_.set_bytes(), v0, offset_[kSets - 1]);
+    if (kSets == 2 && both_sets_) convert_set<V>(p + layout_.set_bytes(), v0, offset_[kSecond]);
   }
   template <int V>
   KT_INLINE void convert_set(const uint8_t* p, int v0, float* to) const {
@@ -404,6 +422,7 @@ class Groups {
     }
   }
 
+  static constexpr int kSecond = kSets == 2 ? 1 : 0;
   const WeightLayout& layout_;
   const int64_t code_bytes_;
   const bool both_sets_;
@@ -411,24 +430,55 @@ class Groups {
   const int64_t group_bytes_, inner_bytes_, outer_bytes_;
   const uint8_t* group_ = nullptr;
   int64_t left_ = 0;  // groups that have the outer scales at hand, this one included
-  alignas(64) float scale_[kSets][kBlockRows];
-  alignas(64) float offset_[kSets][kBlockRows];
+  alignas(64) float scale_[kSets == 2 ? 2 : 1][kBlockRows];
+  alignas(64) float offset_[kSets == 2 ? 2 : 1][kBlockRows];
+};
+
+// Codes of kBits bits or, with kTable, of 16 levels: four columns (a quad) are taken out of the bytes of a
+// lane at a time. Those of 3, 5 and 6 bits are in two parts: the lower 2 or 4 bits in units of their own, the
+// upper ones in others.
+template <class S, int kBits, bool kTable>
+struct Codes {
+  using I = typename S::I;
+  static constexpr CodeParts kParts = CodeParts::of(kBits);
+  static constexpr int kLow = kParts.low, kHigh = kParts.high;
+  // A bit of each of 32 columns and 32 rows is one unit.
+  static constexpr int64_t kBytes = kBits * kUnitBytes;  // of a group
+  // How many quads share the bytes of a unit.
+  static constexpr int kLowQuads = 8 / kLow, kHighQuads = kHigh == 0 ? 8 : 8 / kHigh;
+
+  // What all codes are larger by than the weights they stand for.
+  template <class Quad>
+  static KT_INLINE int32_t bias(const WeightLayout& layout) {
+    return kTable || kBits == 8 ? Quad::kByteBias : layout.bias;
+  }
+  // Quad Q of a group out of the units that hold its lower and upper bits.
+  template <class Quad, int Q>
+  static KT_INLINE typename Quad::Weights widen(I low, I high, I levels) {
+    constexpr int kAt = Q % kLowQuads * kLow, kHighAt = kHigh == 0 ? 0 : Q % kHighQuads * kHigh;
+    if constexpr (kTable) {
+      return Quad::of_levels(levels, Q % 2 == 0 ? S::low_nibbles(low) : S::high_nibbles(low));
+    } else if constexpr (kBits == 8) {
+      return Quad::of_bytes(low);
+    } else {
+      return Quad::template of_codes<kAt, kLow, kHighAt, kHigh>(low, high);
+    }
+  }
 };
 
 // Weights as codes of kBits bits, which are integers less the layout's bias or, with kTable, number 16
 // levels; kSets sets of scales a group. What varies more finely is in the layout.
-//
-// Codes of 3, 5 and 6 bits are in two parts: the lower 2 or 4 bits in units of their own, the upper
-// ones in others. Four columns (a quad) are taken out of the bytes of a lane at a time.
 template <class S, int kBits, bool kTable, int kSets>
 struct Coded {
+  using Fine = Coded;
   using Codec = Int16Codec<S>;
   using Panel = Int16Panel<S, kSets>;
+  using Code = Codes<S, kBits, kTable>;
   using I = typename S::I;
   using F = typename S::F;
   static constexpr int kMaxRows = S::kIntRows;
-  static constexpr int kPlanes = 1, kExactPlanes = 1;
-  static constexpr int kDirectTiles = 2;
+  static constexpr int kDirectTiles = 2, kDirectRows = S::kByteRows;
+  static constexpr bool kOverwrites = false;
 
   template <int R>
   KT_NOINLINE static void dot(const WeightLayout& layout, const uint8_t* block, Range range,
@@ -441,7 +491,7 @@ struct Coded {
     const float* x_value = Codec::values(tile, R, range.groups);
     const I levels = Quad::table(layout.levels);
     const bool last = kSets == 2 && scaled_last(layout);
-    Groups<S, kSets> groups(layout, kCodeBytes, block);
+    Groups<S, kSets> groups(layout, Code::kBytes, block);
     for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
       F acc[V][R];
       if (last) {
@@ -454,7 +504,8 @@ struct Coded {
       for (int64_t g = range.first;; group = groups.template next<V>(v0), a += 2 * kGroup * R) {
         if (v0 == 0) ahead.step();
         // Codes alone are asked for, which is best, but for the scales of 5 and 6 bits: 3 %.
-        if constexpr (kLow == 4 && kHigh > 0) ask_ahead<S>(group + kCodeBytes, prefetch);
+        if constexpr (Code::kLow == 4 && Code::kHigh > 0)
+          ask_ahead<S>(group + Code::kBytes, prefetch);
         if constexpr (kSets == 2) {  // before the codes, as a Zen 4 follows ascending lines alone
           S::prefetch(group - 128);
           S::prefetch(group - 64);
@@ -499,7 +550,7 @@ struct Coded {
     constexpr int kVectors = static_cast<int>(kBlockRows) / S::kLanes;
     const I levels = WordQuads<S>::table(layout.levels);
     const I bias = S::set1_i16(static_cast<int16_t>(layout.bias));
-    Groups<S, kSets> groups(layout, kCodeBytes, block);
+    Groups<S, kSets> groups(layout, Code::kBytes, block);
     uint8_t* to = panel.weights;
     panel.has_offsets = groups.has_offsets();
     panel.folded = layout.folded();
@@ -529,34 +580,8 @@ struct Coded {
   static KT_INLINE void finish(const uint8_t*, int64_t, float*, int64_t) {}
 
  private:
-  static constexpr CodeParts kParts = CodeParts::of(kBits);
-  static constexpr int kLow = kParts.low, kHigh = kParts.high;
-  // A bit of each of 32 columns and 32 rows is one unit.
-  static constexpr int64_t kCodeBytes = kBits * kUnitBytes;
-  // How many quads share the bytes of a unit.
-  static constexpr int kLowQuads = 8 / kLow, kHighQuads = kHigh == 0 ? 8 : 8 / kHigh;
-
   template <int N>
   using Numbers = std::make_integer_sequence<int, N>;
-
-  // What all codes are larger by than the weights they stand for.
-  template <class Quad>
-  static KT_INLINE int32_t bias(const WeightLayout& layout) {
-    return kTable || kBits == 8 ? Quad::kByteBias : layout.bias;
-  }
-
-  // Quad Q of a group out of the units that hold its lower and upper bits.
-  template <class Quad, int Q>
-  static KT_INLINE typename Quad::Weights widen(I low, I high, I levels) {
-    constexpr int kAt = Q % kLowQuads * kLow, kHighAt = kHigh == 0 ? 0 : Q % kHighQuads * kHigh;
-    if constexpr (kTable) {
-      return Quad::of_levels(levels, Q % 2 == 0 ? S::low_nibbles(low) : S::high_nibbles(low));
-    } else if constexpr (kBits == 8) {
-      return Quad::of_bytes(low);
-    } else {
-      return Quad::template of_codes<kAt, kLow, kHighAt, kHigh>(low, high);
-    }
-  }
 
   // Times each set's factors, if kFolded.
   template <bool kFolded, int... Q>
@@ -567,10 +592,10 @@ struct Coded {
   template <bool kFolded, int Q>
   static KT_INLINE void expand_quad(const uint8_t* from, I levels, I bias, const I* factors,
                                     uint8_t* to) {
-    const I low = S::load_i(from + kParts.low_unit(Q) * kUnitBytes);
+    const I low = S::load_i(from + Code::kParts.low_unit(Q) * kUnitBytes);
     I high = low;
-    if constexpr (kHigh > 0) high = S::load_i(from + kParts.high_unit(Q) * kUnitBytes);
-    auto weights = widen<WordQuads<S>, Q>(low, high, levels);
+    if constexpr (Code::kHigh > 0) high = S::load_i(from + Code::kParts.high_unit(Q) * kUnitBytes);
+    auto weights = Code::template widen<WordQuads<S>, Q>(low, high, levels);
     if constexpr (!kTable && kBits < 8) {
       weights.even = S::sub_i16(weights.even, bias);
       weights.odd = S::sub_i16(weights.odd, bias);
@@ -595,7 +620,7 @@ struct Coded {
     KT_UNROLL
     for (int r = 0; r < R; ++r) {
       const int32_t of_columns = piece_sum<kSets, R>(x_sum, g * kSets + kSet, r);
-      const I start = S::set1_i32(-bias<Quad>(layout) * of_columns);
+      const I start = S::set1_i32(-Code::template bias<Quad>(layout) * of_columns);
       KT_UNROLL
       for (int v = 0; v < V; ++v) sum[v][r] = Quad::start(start);
     }
@@ -654,16 +679,16 @@ struct Coded {
   static KT_INLINE void add_quad(typename Quads<S, R>::Sum (&sum)[V][R], I (&low)[V], I (&high)[V],
                                  const uint8_t* w, I levels, const uint8_t* a, Prefetch prefetch) {
     using Quad = Quads<S, R>;
-    if constexpr (Q % kLowQuads == 0) {
-      load<V, R>(low, w + kParts.low_unit(Q) * kUnitBytes, prefetch);
+    if constexpr (Q % Code::kLowQuads == 0) {
+      load<V, R>(low, w + Code::kParts.low_unit(Q) * kUnitBytes, prefetch);
     }
-    if constexpr (kHigh > 0 && (Q % kHighQuads == 0 || kIsFirst)) {
-      load<V, R>(high, w + kParts.high_unit(Q) * kUnitBytes, prefetch);
+    if constexpr (Code::kHigh > 0 && (Q % Code::kHighQuads == 0 || kIsFirst)) {
+      load<V, R>(high, w + Code::kParts.high_unit(Q) * kUnitBytes, prefetch);
     }
     typename Quad::Weights weight[V];
     KT_UNROLL
     for (int v = 0; v < V; ++v) {
-      weight[v] = widen<Quad, Q>(low[v], kHigh > 0 ? high[v] : low[v], levels);
+      weight[v] = Code::template widen<Quad, Q>(low[v], Code::kHigh > 0 ? high[v] : low[v], levels);
     }
     Quad::template add<V, R>(sum, weight, a + 2 * Q * R * 4);
   }
@@ -731,11 +756,12 @@ struct FromF8 {
 // more exact than one long sum, and a piece has one scale.
 template <class S, class From>
 struct Floats {
+  using Fine = Floats;
   using Codec = FloatCodec<S>;
   using F = typename S::F;
   static constexpr int kMaxRows = S::kFloatRows;
-  static constexpr int kPlanes = 1, kExactPlanes = 1;
-  static constexpr int kDirectTiles = From::kScaled ? 2 : 4;
+  static constexpr int kDirectTiles = From::kScaled ? 2 : 4, kDirectRows = 0;
+  static constexpr bool kOverwrites = false;
   static constexpr int64_t kGroupBytes = kGroup / From::kColumns * From::kBytes;
 
   // The columns of a panel as floats, [column][32 rows], and the scales of its pieces.
@@ -895,10 +921,11 @@ struct PairsFromF8 {
 // for each vector, beside a tile's 12 dot products. Sums of scaled weights run over pieces, as in Floats.
 template <class S, class From>
 struct Bf16Pairs {
+  using Fine = Bf16Pairs;
   using Codec = Bf16Codec<S>;
   static constexpr int kMaxRows = S::kFloatRows;
-  static constexpr int kPlanes = 1, kExactPlanes = 2;
-  static constexpr int kDirectTiles = std::numeric_limits<int>::max();
+  static constexpr int kDirectTiles = std::numeric_limits<int>::max(), kDirectRows = 0;
+  static constexpr bool kOverwrites = false;
   static constexpr int64_t kGroupBytes = kGroup / 2 / From::kPairs * kUnitBytes;
 
   template <int R>
@@ -1020,8 +1047,9 @@ struct EncodedTiles {
   }
 };
 
-// One block times up to tiles_at_once() tiles: out [tile.first - tiles[0].first ...][planes][32];
-// then, with several planes, their sum [token][32] at the beginning of each tile's place.
+// One block times up to tiles_at_once() tiles, whose numbers of tokens differ by one at most:
+// out [tile.first - tiles[0].first ...][planes][32]; then, with several planes, their sum [token][32] at the
+// beginning of each tile's place.
 template <class S, class Format>
 KT_NOINLINE static void multiply(const WeightLayout& layout, const uint8_t* block, int64_t groups,
                                  const TokenTile* tiles, int count, int planes,
@@ -1031,7 +1059,9 @@ KT_NOINLINE static void multiply(const WeightLayout& layout, const uint8_t* bloc
   };
   const TokenTile& last = tiles[count - 1];
   const int64_t rows = (last.first + last.tokens - tiles[0].first) * planes;
-  std::memset(out, 0, static_cast<size_t>(rows * kBlockRows) * sizeof(float));
+  if constexpr (!Format::kOverwrites) {
+    std::memset(out, 0, static_cast<size_t>(rows * kBlockRows) * sizeof(float));
+  }
   // Calls f(i, range, ahead) for every tile i, and that for one range of columns after the other. What the
   // next range, or the next block, is made of comes from memory meanwhile: a part of it with each tile.
   const auto each = [&](int64_t step, auto&& begin, auto&& f) {
@@ -1058,8 +1088,8 @@ KT_NOINLINE static void multiply(const WeightLayout& layout, const uint8_t* bloc
   };
   if constexpr (Format::kDirectTiles == std::numeric_limits<int>::max()) {
     directly();
-  } else if (count <= Format::kDirectTiles || last.tokens * planes <= S::kByteRows) {
-    directly();  // small tiles are not encoded for a panel; more than two tiles have more rows anyhow
+  } else if (count <= Format::kDirectTiles || last.tokens * planes <= Format::kDirectRows) {
+    directly();  // small tiles may not be encoded for a panel; more than two tiles have more rows anyhow
   } else {
     typename Format::Panel panel;
     each(
@@ -1083,6 +1113,15 @@ KT_NOINLINE static void multiply(const WeightLayout& layout, const uint8_t* bloc
       }
     }
   }
+}
+
+// The same for tiles that are fine or not, all of them alike.
+template <class S, class Format, class... Args>
+static KT_INLINE void multiply_alike(bool fine, Args&&... args) {
+  if constexpr (!std::is_same_v<typename Format::Fine, Format>) {
+    if (fine) return multiply<S, typename Format::Fine>(args...);
+  }
+  multiply<S, Format>(args...);
 }
 
 }  // namespace ktcore::KTCORE_ISA

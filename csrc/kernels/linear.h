@@ -14,16 +14,17 @@ static KT_INLINE int64_t tiles_of_portion(int64_t token_bytes) {
 
 template <class S, class Format>
 static void linear(const LinearJob& job, ThreadPool& pool) {
-  using Codec = typename Format::Codec;
   const int64_t groups = ceil_div(job.cols, kGroup);
-  const int64_t token_bytes = job.rounding.planes * Codec::row_bytes(job.cols);
+  const int planes = job.rounding.planes;
+  const int64_t token_bytes = token_bytes_of<Format>(planes, job.cols);
   const int64_t block = job.layout->block_bytes(job.cols);
 
-  encode_tokens<S, Codec>(pool, job.x, job.tokens, job.cols, job.columns, job.rounding,
-                          job.tokens_encoded);
+  const auto token_of = [&](int32_t i) { return job.order == nullptr ? i : job.order[i]; };
+  encode_tokens<S, Format>(pool, job.x, job.tokens, job.cols, job.columns, job.rounding, job.fine,
+                           job.tokens_encoded);
   if (job.tile_count < job.tokens) {
-    gather_tiles<Codec>(pool, job.tiles, job.tile_count, job.cols, job.rounding.planes,
-                        job.tokens_encoded, job.tiles_encoded, [](int32_t token) { return token; });
+    gather_tiles<Format>(pool, job.tiles, job.tile_count, job.cols, planes, job.tokens_encoded,
+                         job.tiles_encoded, token_of);
   }
 
   const int64_t blocks = ceil_div(job.rows, kBlockRows);
@@ -36,7 +37,7 @@ static void linear(const LinearJob& job, ThreadPool& pool) {
     const int64_t begin = task % tasks * step;
     const int64_t end = begin + step < blocks ? begin + step : blocks;
     alignas(64) float c[kProductRows * kBlockRows];
-    const EncodedTiles encoded{job.tiles_encoded, token_bytes, job.tokens_encoded};
+    const EncodedTiles encoded{job.tiles_encoded, token_bytes, job.tokens_encoded, job.order};
     for (int64_t b = begin; b < end; ++b) {
       const int64_t left = job.rows - b * kBlockRows;
       const int64_t count = left < kBlockRows ? left : kBlockRows;
@@ -45,17 +46,20 @@ static void linear(const LinearJob& job, ThreadPool& pool) {
       if (job.bias != nullptr) {
         Rows32<S>::load({job.bias, 0, DType::f32}, 0, b * kBlockRows, count, bias);
       }
-      multiply<S, Format>(*job.layout, job.weight + b * block, groups, tiles, n,
-                          job.rounding.planes, encoded, c, job.prefetch);
-      for (int i = 0; i < n; ++i) {
-        const float* from =
-            c + (tiles[i].first - tiles[0].first) * job.rounding.planes * kBlockRows;
-        for (int32_t t = 0; t < tiles[i].tokens; ++t, from += kBlockRows) {
-          typename S::F v[Rows32<S>::kVectors];
-          for (int k = 0; k < Rows32<S>::kVectors; ++k) {
-            v[k] = S::add(S::load(from + k * S::kLanes), bias[k]);
+      for (int first = 0, alike; first < n; first += alike) {
+        const TokenTile* some = tiles + first;
+        for (alike = 1; first + alike < n && some[alike].fine == some->fine;) ++alike;
+        multiply_alike<S, Format>(some->fine, *job.layout, job.weight + b * block, groups, some,
+                                  alike, planes, encoded, c, job.prefetch);
+        for (int i = 0; i < alike; ++i) {
+          const float* from = c + (some[i].first - some->first) * planes * kBlockRows;
+          for (int32_t t = 0; t < some[i].tokens; ++t, from += kBlockRows) {
+            typename S::F v[Rows32<S>::kVectors];
+            for (int k = 0; k < Rows32<S>::kVectors; ++k) {
+              v[k] = S::add(S::load(from + k * S::kLanes), bias[k]);
+            }
+            Rows32<S>::store(job.out, token_of(some[i].first + t), b * kBlockRows, count, v);
           }
-          Rows32<S>::store(job.out, tiles[i].first + t, b * kBlockRows, count, v);
         }
       }
     }

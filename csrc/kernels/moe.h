@@ -9,11 +9,11 @@
 
 namespace ktcore::KTCORE_ISA {
 
-// Calls f(tiles, count) for an expert's tiles, tiles_at_once() at a time.
+// Calls f(tiles, count) for an expert's tiles [begin, end), tiles_at_once() at a time.
 template <class Format, class F>
-static KT_INLINE void for_tiles(const MoeJob& job, const ActiveExpert& expert, F&& f) {
-  for (int32_t i = expert.tile_begin; i < expert.tile_end; i += tiles_at_once<Format>()) {
-    const int32_t left = expert.tile_end - i;
+static KT_INLINE void for_tiles(const MoeJob& job, int32_t begin, int32_t end, F&& f) {
+  for (int32_t i = begin; i < end; i += tiles_at_once<Format>()) {
+    const int32_t left = end - i;
     f(job.tiles + i, left < tiles_at_once<Format>() ? left : tiles_at_once<Format>());
   }
 }
@@ -36,19 +36,21 @@ static KT_INLINE void load_bias(const float* bias, const int32_t* listed, int64_
 }
 
 // Encodes the tiles of every expert for gate and for up, whose columns are in orders of their own.
-template <class S, class Codec>
+template <class S, class Format>
 static void encode_reordered(const MoeJob& job, ThreadPool& pool) {
   const int planes = job.rounding.planes;
-  const int64_t token_bytes = planes * Codec::row_bytes(job.hidden_size);
+  const int64_t token_bytes = token_bytes_of<Format>(planes, job.hidden_size);
   parallel_for(pool, job.experts, [&](int64_t e, int) {
     const ActiveExpert& expert = job.expert[e];
     for (int32_t i = expert.tile_begin; i < expert.tile_end; ++i) {
       const TokenTile& tile = job.tiles[i];
       for (int32_t t = 0; t < tile.tokens; ++t) {
         const auto encode = [&](const int32_t* columns, uint8_t* encoded) {
-          encode_token<S, Codec>(job.x, job.pair_token[tile.first + t], job.hidden_size, columns,
-                                 job.rounding, encoded + tile.first * token_bytes,
-                                 tile.tokens * planes, t * planes);
+          with_codec<Format>(tile.fine, [&](auto codec) {
+            encode_token<S, decltype(codec)>(
+                job.x, job.pair_token[tile.first + t], job.hidden_size, columns, job.rounding,
+                encoded + tile.first * token_bytes, tile.tokens * planes, t * planes);
+          });
         };
         encode(expert.gate_columns, job.in_encoded);
         encode(expert.up_columns, job.up_encoded);
@@ -59,28 +61,27 @@ static void encode_reordered(const MoeJob& job, ThreadPool& pool) {
 
 template <class S, class Format, class MidCodec>
 static void gate_up(const MoeJob& job, ThreadPool& pool) {
-  using Codec = typename Format::Codec;
   const int64_t hidden = job.hidden_size, intermediate = job.intermediate_size;
   const int64_t hidden_groups = ceil_div(hidden, kGroup);
   const int64_t mid_groups = ceil_div(intermediate, kGroup);
   const int planes = job.rounding.planes, mid_planes = job.mid_rounding.planes;
-  const int64_t in_token_bytes = planes * Codec::row_bytes(hidden);
+  const int64_t in_token_bytes = token_bytes_of<Format>(planes, hidden);
   const int64_t mid_token_bytes = mid_planes * MidCodec::row_bytes(intermediate);
   const int64_t in_block = job.gate_up->block_bytes(hidden);
 
   EncodedTiles for_gate{job.in_encoded, in_token_bytes, job.tokens_encoded, job.pair_token};
   EncodedTiles for_up = for_gate;
   if (job.gate_up->reordered) {
-    encode_reordered<S, Codec>(job, pool);
+    encode_reordered<S, Format>(job, pool);
     for_gate = {job.in_encoded, in_token_bytes};
     for_up = {job.up_encoded, in_token_bytes};
   } else {
-    encode_tokens<S, Codec>(pool, job.x, job.tokens, hidden, nullptr, job.rounding,
-                            job.tokens_encoded);
+    encode_tokens<S, Format>(pool, job.x, job.tokens, hidden, nullptr, job.rounding, job.fine,
+                             job.tokens_encoded);
   }
   if (!job.gate_up->reordered && job.tile_count < job.pairs) {  // some tile has several tokens
-    gather_tiles<Codec>(pool, job.tiles, job.tile_count, hidden, planes, job.tokens_encoded,
-                        job.in_encoded, [&](int32_t pair) { return job.pair_token[pair]; });
+    gather_tiles<Format>(pool, job.tiles, job.tile_count, hidden, planes, job.tokens_encoded,
+                         job.in_encoded, [&](int32_t pair) { return job.pair_token[pair]; });
   }
 
   // Run after run of blocks, so that each node's threads begin with what lies in its memory.
@@ -101,11 +102,11 @@ static void gate_up(const MoeJob& job, ThreadPool& pool) {
       typename S::F gate_bias[Rows32<S>::kVectors], up_bias[Rows32<S>::kVectors];
       load_bias<S>(expert.gate_bias, expert.down_columns, b, intermediate, gate_bias);
       load_bias<S>(expert.up_bias, expert.down_columns, b, intermediate, up_bias);
-      for_tiles<Format>(job, expert, [&](const TokenTile* tiles, int count) {
-        multiply<S, Format>(*job.gate_up, weights, hidden_groups, tiles, count, planes, for_gate,
-                            gate, job.gate_up_prefetch);
-        multiply<S, Format>(*job.gate_up, weights + in_block, hidden_groups, tiles, count, planes,
-                            for_up, up, job.gate_up_prefetch);
+      const auto both = [&](const TokenTile* tiles, int count) {
+        multiply_alike<S, Format>(tiles->fine, *job.gate_up, weights, hidden_groups, tiles, count,
+                                  planes, for_gate, gate, job.gate_up_prefetch);
+        multiply_alike<S, Format>(tiles->fine, *job.gate_up, weights + in_block, hidden_groups,
+                                  tiles, count, planes, for_up, up, job.gate_up_prefetch);
         for (int i = 0; i < count; ++i) {
           const int64_t place = (tiles[i].first - tiles[0].first) * planes * kBlockRows;
           uint8_t* mid = job.mid_encoded + tiles[i].first * mid_token_bytes;
@@ -116,11 +117,13 @@ static void gate_up(const MoeJob& job, ThreadPool& pool) {
               h[v] = activate<S>(job.activation, S::add(S::load(gate + at), gate_bias[v]),
                                  S::add(S::load(up + at), up_bias[v]));
             }
-            MidCodec::encode(h, job.mid_rounding, mid, tiles[i].tokens * mid_planes, t * mid_planes,
-                             b, mid_groups);
+            MidCodec::encode(h, intermediate - b * kBlockRows, job.mid_rounding, mid,
+                             tiles[i].tokens * mid_planes, t * mid_planes, b, mid_groups);
           }
         }
-      });
+      };
+      for_tiles<Format>(job, expert.tile_begin, expert.fine_begin, both);
+      for_tiles<Format>(job, expert.fine_begin, expert.tile_end, both);
     }
   });
 }
@@ -151,7 +154,7 @@ static void down(const MoeJob& job, ThreadPool& pool) {
     }
     for (int64_t e = 0; e < job.experts; ++e) {
       const ActiveExpert& expert = job.expert[e];
-      for_tiles<Format>(job, expert, [&](const TokenTile* tiles, int count) {
+      const auto add = [&](const TokenTile* tiles, int count) {
         for (int64_t b = begin; b < end; ++b) {
           multiply<S, Format>(*job.down,
                               run_of(job.down_runs, b).block(expert.number, b, mid_block),
@@ -172,7 +175,10 @@ static void down(const MoeJob& job, ThreadPool& pool) {
             }
           }
         }
-      });
+      };
+      // (Apart, as the tiles of one product differ by one token at most.)
+      for_tiles<Format>(job, expert.tile_begin, expert.fine_begin, add);
+      for_tiles<Format>(job, expert.fine_begin, expert.tile_end, add);
     }
     for (int64_t t = 0; t < job.tokens; ++t) {
       for (int64_t b = begin; b < end; ++b) {

@@ -17,6 +17,7 @@
 #include "kernels/quads.h"
 #include "kernels/encode.h"
 #include "kernels/formats.h"
+#include "kernels/bytes.h"
 #include "kernels/encode_tiles.h"
 #include "kernels/moe.h"
 #include "kernels/linear.h"
@@ -39,6 +40,8 @@ static constexpr Encoding encoding_of() {
   return Encoding::bf16;
 }
 
+static constexpr bool kByteDots = Simd::kByteRows > 0;  // exact ones
+
 template <class Format>
 static constexpr auto gate_up_into_bf16() -> void (*)(const MoeJob&, ThreadPool&) {
   if constexpr (Simd::kBf16Dot) return gate_up<Simd, Format, Bf16Codec<Simd>>;
@@ -46,32 +49,76 @@ static constexpr auto gate_up_into_bf16() -> void (*)(const MoeJob&, ThreadPool&
 }
 
 template <class Format>
+static constexpr bool kHasFine = !std::is_same_v<typename Format::Fine, Format>;
+
+template <class Format>
+static constexpr auto down_of() -> void (*)(const MoeJob&, ThreadPool&) {
+  if constexpr (!kHasFine<Format>) return down<Simd, Format>;
+  return nullptr;
+}
+template <class Format>
+static constexpr auto mark_fine_of()
+    -> void (*)(const ConstRows&, int64_t, int64_t, uint8_t*, ThreadPool&) {
+  if constexpr (kHasFine<Format>) return Format::mark_fine;
+  return nullptr;
+}
+// Of a row of an encoded tile, whichever its tokens.
+template <class Format>
+static int64_t row_bytes_of(int64_t cols) {
+  return token_bytes_of<Format>(1, cols);
+}
+
+template <class Format, int kPlanes = 1>
 static constexpr FormatKernels kernels_of() {
   return {{gate_up<Simd, Format, Int16Codec<Simd>>, gate_up<Simd, Format, FloatCodec<Simd>>,
            gate_up_into_bf16<Format>()},
-          down<Simd, Format>,
+          down_of<Format>(),
           linear<Simd, Format>,
           encoding_of<typename Format::Codec>(),
           Format::kMaxRows,
-          Format::kPlanes,
-          Format::kExactPlanes,
-          Format::Codec::row_bytes};
+          kPlanes,
+          row_bytes_of<Format>,
+          mark_fine_of<Format>()};
+}
+
+// Integers times activations of eight bits, where these will do and byte dot products are exact; else of
+// sixteen, which are nearly exact.
+template <Accuracy kAccuracy, int kBits, bool kTable, int kSets>
+static constexpr FormatKernels coded() {
+  if constexpr (kByteDots && kAccuracy == Accuracy::int8) {
+    return kernels_of<ByteCoded<Simd, kBits, kTable, kSets>>();
+  } else {
+    return kernels_of<Coded<Simd, kBits, kTable, kSets>>();
+  }
+}
+template <Accuracy kAccuracy>
+static constexpr FormatKernels int8() {
+  if constexpr (kByteDots && kAccuracy == Accuracy::int8) {
+    return kernels_of<ByteCoded<Simd, 8, false, 0>>();
+  } else {
+    return kernels_of<Int8Channel<Simd>>();
+  }
+}
+
+// In the order of WeightFormat.
+template <Accuracy kAccuracy>
+static constexpr AllFormats all_formats() {
+  constexpr int kPlanes = Simd::kBf16Dot && kAccuracy == Accuracy::exact ? 2 : 1;
+  return {{kernels_of<Bf16<Simd>, kPlanes>(), kernels_of<Floats<Simd, FromF16<Simd>>>(),
+           kernels_of<Floats<Simd, FromF32<Simd>>>(), kernels_of<F8<Simd>, kPlanes>(),
+           int8<kAccuracy>(), coded<kAccuracy, 2, false, 1>(), coded<kAccuracy, 2, false, 2>(),
+           coded<kAccuracy, 3, false, 1>(), coded<kAccuracy, 3, false, 2>(),
+           coded<kAccuracy, 4, false, 1>(), coded<kAccuracy, 4, false, 2>(),
+           coded<kAccuracy, 5, false, 1>(), coded<kAccuracy, 5, false, 2>(),
+           coded<kAccuracy, 6, false, 1>(), coded<kAccuracy, 6, false, 2>(),
+           coded<kAccuracy, 8, false, 1>(), coded<kAccuracy, 8, false, 2>(),
+           coded<kAccuracy, 4, true, 1>(), coded<kAccuracy, 4, true, 2>()}};
 }
 
 extern const KernelTable table;
-// In the order of WeightFormat.
 const KernelTable table = {
     KTCORE_STRING(KTCORE_ISA),
-    {kernels_of<Bf16<Simd>>(), kernels_of<Floats<Simd, FromF16<Simd>>>(),
-     kernels_of<Floats<Simd, FromF32<Simd>>>(), kernels_of<F8<Simd>>(),
-     kernels_of<Int8Channel<Simd>>(), kernels_of<Coded<Simd, 2, false, 1>>(),
-     kernels_of<Coded<Simd, 2, false, 2>>(), kernels_of<Coded<Simd, 3, false, 1>>(),
-     kernels_of<Coded<Simd, 3, false, 2>>(), kernels_of<Coded<Simd, 4, false, 1>>(),
-     kernels_of<Coded<Simd, 4, false, 2>>(), kernels_of<Coded<Simd, 5, false, 1>>(),
-     kernels_of<Coded<Simd, 5, false, 2>>(), kernels_of<Coded<Simd, 6, false, 1>>(),
-     kernels_of<Coded<Simd, 6, false, 2>>(), kernels_of<Coded<Simd, 8, false, 1>>(),
-     kernels_of<Coded<Simd, 8, false, 2>>(), kernels_of<Coded<Simd, 4, true, 1>>(),
-     kernels_of<Coded<Simd, 4, true, 2>>()},
+    {all_formats<Accuracy::exact>(), all_formats<Accuracy::bf16>(), all_formats<Accuracy::int8>()},
     route<Simd>,
     rms_norm<Simd>,
     rotary<Simd>,

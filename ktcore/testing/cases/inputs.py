@@ -34,6 +34,8 @@ def activations(kind: str, tokens: int, columns: int, dtype: torch.dtype, seed: 
         x = x.abs() * 1e30
     elif kind == "outlier":
         x[:, columns // 2] *= 1000
+    elif kind == "some_outliers":  # in every second token, ever larger ones
+        x[::2, columns // 2] *= torch.logspace(0, 4, len(x[::2]))
     elif kind == "uneven":  # tokens of very different size
         x = x * torch.logspace(-4, 4, tokens)[:, None]
     elif kind == "nan":

@@ -151,7 +151,39 @@ def _cases() -> list[LinearCase]:
         LinearCase("smallest 1x1", (1, 1)),
         LinearCase("one row of weights", (1, 129), bias=F32, brief=True),
         LinearCase("one column of weights", (129, 1)),
-        LinearCase("long rows", (5, 4099), (3,), brief=True),
+        # (So many results that an error is near its mean.)
+        LinearCase("long rows", (37, 4099), (3,), brief=True),
+    ]
+    # ------------------------------------------------- rows long enough for activations of 8 bits
+    out += [
+        LinearCase(f"{o}x{i} tokens={t}", (o, i), (t,), brief=(o, t) == (257, 17))
+        for o, i in ((256, 512), (270, 528), (257, 545))
+        for t in (1, 2, 3, 5, 13, 17, 64, 513)
+    ]
+    out += [
+        LinearCase(f"545 columns {name}", (270, 545), **case)
+        for name, case in {
+            "x zero": {"x": "zero"},
+            "x denormal": {"x": "denormal"},
+            "x huge": {"x": "huge"},
+            "x outlier": {"x": "outlier"},
+            "x outlier bfloat16": {"x": "outlier", "dtype": BF16},
+            "x outlier in some": {"x": "some_outliers", "brief": True},
+            "x outlier in some, any batch": {"x": "some_outliers", "compare": any_batch},
+            "x outlier in some, exact": {"x": "some_outliers", "exact": True},
+            "x uneven": {"x": "uneven"},
+            "x largest": {"x": "largest"},
+            "x largest bfloat16": {"x": "largest", "dtype": BF16},
+            "x nan": {"x": "nan", "compare": others_untouched},
+            "x inf bfloat16": {"x": "inf", "dtype": BF16, "compare": others_untouched},
+            "exact": {"exact": True},
+            "bias": {"bias": F32},
+            "one vector": {"leading": ()},
+        }.items()
+    ]
+    out += [
+        LinearCase(f"545 columns stored {s}", (270, 545), stored=s, leading=(9,))
+        for s in inputs.STORED[1:]
     ]
     out += [
         LinearCase(f"x {kind} {_name(dtype)}", x=kind, dtype=dtype)
@@ -175,6 +207,8 @@ def _cases() -> list[LinearCase]:
     out += [
         LinearCase("bits alike with 1, 2, 5 threads", (256, 256), (65,), compare=any_threads),
         LinearCase("bits alike in any batch", (100, 129), (19,), compare=any_batch, brief=True),
+        LinearCase("545 columns with 1, 2, 5 threads", (270, 545), (65,), compare=any_threads),
+        LinearCase("545 columns in any batch", (270, 545), (67,), compare=any_batch, brief=True),
         LinearCase("bits alike in any batch bfloat16", (100, 129), (19,), BF16, compare=any_batch),
     ]
     return out

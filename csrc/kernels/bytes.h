@@ -1,0 +1,375 @@
+// Integer weights times activations of eight bits (ByteCodec): one byte dot product for four columns, where
+// such are exact. See formats.h for the two ways, dot and expand.
+//
+// In 16 columns an activation is scale * q + centre, with q a signed byte, so that a dot product with weights
+// w is
+//
+//   scale * sum(w * q) + centre * sum(w)
+//
+// Weights are unsigned bytes, as in ByteQuads; the sums of products begin with what that adds to them.
+#pragma once
+
+namespace ktcore::KTCORE_ISA {
+
+// Where the parts of a tile of ByteCodec are, from a group on.
+template <int R>
+struct ByteTile {
+  const uint8_t* items;
+  const float* scales;    // of 16 columns
+  const int32_t* starts;  // of 16 columns
+  const float* values;    // of 16, of 16 and of 32 columns
+  const float* centres;   // of 16 columns
+
+  KT_INLINE ByteTile(const uint8_t* tile, int64_t groups, int64_t first) {
+    const auto part = [&](int64_t before, int64_t size) {
+      return tile + (groups * before + first * size) * 4 * R;
+    };
+    items = part(0, 8);
+    scales = reinterpret_cast<const float*>(part(8, 2));
+    starts = reinterpret_cast<const int32_t*>(part(10, 2));
+    values = reinterpret_cast<const float*>(part(12, 3));
+    centres = reinterpret_cast<const float*>(part(15, 2));
+  }
+  KT_INLINE void next() {
+    items += 32 * R;
+    scales += 2 * R;
+    starts += 2 * R;
+    values += 3 * R;
+    centres += 2 * R;
+  }
+};
+
+// Adds the integer sums of 16 columns, with the scales of both sides.
+template <class S, bool kScaled, int V, int R>
+static KT_INLINE void add_half(typename S::F (&total)[V][R], const typename S::I (&sum)[V][R],
+                               const typename S::F (&scale)[V], const float* x_scale) {
+  KT_UNROLL
+  for (int r = 0; r < R; ++r) {
+    const typename S::F x = S::set1(x_scale[r]);
+    KT_UNROLL
+    for (int v = 0; v < V; ++v) {
+      typename S::F both = x;
+      if constexpr (kScaled) both = S::mul(scale[v], x);
+      total[v][r] = add_product<S>(total[v][r], S::to_f32(sum[v][r]), both);
+    }
+  }
+}
+// Adds for every row what a number of its own makes of a number for each of the weights' rows.
+template <class S, int V, int R>
+static KT_INLINE void add_products(typename S::F (&total)[V][R],
+                                   const typename S::F (&of_weights)[V], const float* x) {
+  KT_UNROLL
+  for (int r = 0; r < R; ++r) {
+    const typename S::F of_row = S::set1(x[r]);
+    KT_UNROLL
+    for (int v = 0; v < V; ++v) total[v][r] = add_product<S>(total[v][r], of_weights[v], of_row);
+  }
+}
+
+template <class S, int V, int R>
+static KT_INLINE void start_sums(typename S::I (&sum)[V][R], const int32_t* starts) {
+  KT_UNROLL
+  for (int r = 0; r < R; ++r) {
+    const typename S::I start = S::set1_i32(starts[r]);
+    KT_UNROLL
+    for (int v = 0; v < V; ++v) sum[v][r] = start;
+  }
+}
+// Adds the products of a quad.
+template <class S, int V, int R>
+static KT_INLINE void add_items(typename S::I (&sum)[V][R], const typename S::I (&weight)[V],
+                                const uint8_t* items) {
+  KT_UNROLL
+  for (int r = 0; r < R; ++r) {
+    const typename S::I item = S::broadcast4(items + 4 * r);
+    KT_UNROLL
+    for (int v = 0; v < V; ++v) sum[v][r] = S::dot_u8(sum[v][r], weight[v], item);
+  }
+}
+
+// Panels of unsigned bytes, with kSets sets of scales a group: none, one, or two for 16 columns each.
+template <class S, int kSets>
+struct BytePanel {
+  using F = typename S::F;
+  using I = typename S::I;
+  static constexpr int64_t kGroups = 2 * kPanelGroups;  // of half as many bytes
+  static constexpr int64_t kScales = kSets > 0 ? kGroups * kSets * kBlockRows : 16;
+  alignas(64) uint8_t weights[kGroups * 8 * kUnitBytes];  // [quad][32 rows][4 columns]
+  alignas(64) float scales[kScales];                      // [group][set][32 rows]
+  alignas(64) float offsets[kScales];                     // where has_offsets
+  alignas(64) float sums[kGroups * 2 * kBlockRows];       // [group][half][32 rows], of weights
+  bool has_offsets = false;
+
+  // Adds a tile times the range that was expanded to `out` [R][32].
+  template <int R>
+  KT_NOINLINE void dot(Range range, const uint8_t* tile, float* out, Ahead<S> ahead) const {
+    constexpr int V = vectors_at_once<S>(R, S::kIntCells);
+    for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
+      const int64_t row = v0 * S::kLanes;
+      ByteTile<R> x(tile, range.groups, range.first);
+      F total[V][R];
+      begin_sums<S>(range, total, out, v0);
+      for (int64_t g = 0; g < range.count; ++g, x.next()) {
+        if (v0 == 0) ahead.step();
+        KT_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          I sum[V][R];
+          start_sums<S, V, R>(sum, x.starts + half * R);
+          KT_UNROLL
+          for (int quad = 4 * half; quad < 4 * half + 4; ++quad) {
+            I weight[V];
+            KT_UNROLL
+            for (int v = 0; v < V; ++v) {
+              weight[v] =
+                  S::load_i(weights + (8 * g + quad) * kUnitBytes + (row + v * S::kLanes) * 4);
+              if constexpr (R > 1) KT_IN_REGISTER(weight[v]);
+            }
+            add_items<S, V, R>(sum, weight, x.items + quad * 4 * R);
+          }
+          F scale[V];
+          if constexpr (kSets > 0) load<V>(scales, kSets * g + (kSets == 2 ? half : 0), row, scale);
+          add_half<S, (kSets > 0), V, R>(total, sum, scale, x.scales + half * R);
+        }
+        KT_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          F sum[V];
+          load<V>(sums, 2 * g + half, row, sum);
+          add_products<S, V, R>(total, sum, x.centres + half * R);
+        }
+        if constexpr (kSets > 0) {
+          if (!has_offsets) continue;
+          KT_UNROLL
+          for (int set = 0; set < kSets; ++set) {
+            F offset[V];
+            load<V>(offsets, kSets * g + set, row, offset);
+            add_products<S, V, R>(total, offset, x.values + (kSets == 1 ? 2 : set) * R);
+          }
+        }
+      }
+      store_sums<S>(total, out, v0);
+    }
+  }
+
+ private:
+  template <int V>
+  static KT_INLINE void load(const float* from, int64_t set, int64_t row, F (&to)[V]) {
+    KT_UNROLL
+    for (int v = 0; v < V; ++v) {
+      to[v] = S::load(from + set * kBlockRows + row + v * S::kLanes);
+    }
+  }
+};
+
+template <class S, int kBits, bool kTable, int kSets>
+using FineOf = std::conditional_t<kSets == 0, Int8Channel<S>, Coded<S, kBits, kTable, kSets>>;
+
+// Weights as in Coded (formats.h), times activations of eight bits. With no set of scales they are of 8
+// bits and have a scale for each row, behind the block's groups.
+template <class S, int kBits, bool kTable, int kSets>
+struct ByteCoded {
+  using Fine = FineOf<S, kBits, kTable, kSets>;
+  using Codec = ByteCodec<S>;
+  using Panel = BytePanel<S, kSets>;
+  using Code = Codes<S, kBits, kTable>;
+  using Quad = ByteQuads<S>;
+  using I = typename S::I;
+  using F = typename S::F;
+  static constexpr int kMaxRows = S::kIntRows;
+  static constexpr int kDirectTiles = 2, kDirectRows = 0;
+  static constexpr bool kOverwrites = true;
+
+  template <int R>
+  KT_NOINLINE static void dot(const WeightLayout& layout, const uint8_t* block, Range range,
+                              const uint8_t* tile, float* out, Prefetch prefetch, Ahead<S> ahead) {
+    constexpr int V = vectors_at_once<S>(R, S::kIntCells);
+    const I levels = Quad::table(layout.levels);
+    const I excess = S::set1_i32(-16 * Code::template bias<Quad>(layout));
+    Groups<S, kSets> groups(layout, Code::kBytes, block);
+    for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
+      ByteTile<R> x(tile, range.groups, range.first);
+      F total[V][R];
+      begin_sums<S>(range, total, out, v0);
+      const uint8_t* group = groups.template begin<V>(range.first, v0);
+      for (int64_t left = range.count;; group = groups.template next<V>(v0), x.next()) {
+        if (v0 == 0) ahead.step();
+        // Codes alone are asked for, which is best, but for the scales of 5 and 6 bits: 3 %.
+        if constexpr (Code::kLow == 4 && Code::kHigh > 0) {
+          ask_ahead<S>(group + Code::kBytes, prefetch);
+        }
+        if constexpr (kSets == 2) {  // before the codes, as a Zen 4 follows ascending lines alone
+          S::prefetch(group - 128);
+          S::prefetch(group - 64);
+        }
+        F scale[2][V], offset[2][V];
+        I low[V], high[V], of_weights[2][V];
+        const uint8_t* codes = group + v0 * S::kLanes * 4;
+        KT_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          I sum[V][R];
+          start_sums<S, V, R>(sum, x.starts + half * R);
+          KT_UNROLL
+          for (int v = 0; v < V; ++v) of_weights[half][v] = excess;
+          if (half == 0) {
+            add_quads<0, V, R>(sum, of_weights[0], low, high, codes, levels, x.items, prefetch);
+          } else {
+            add_quads<4, V, R>(sum, of_weights[1], low, high, codes, levels, x.items, prefetch);
+          }
+          if (half < kSets) {
+            KT_UNROLL
+            for (int v = 0; v < V; ++v) {
+              scale[half][v] = groups.scale(group, half, v0 + v);
+              if (groups.has_offsets()) offset[half][v] = groups.offset(group, half, v0 + v);
+            }
+          }
+          add_half<S, (kSets > 0), V, R>(total, sum, scale[kSets == 2 ? half : 0],
+                                         x.scales + half * R);
+        }
+        KT_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const int set = kSets == 2 ? half : 0;
+          F sums[V];
+          KT_UNROLL
+          for (int v = 0; v < V; ++v) {
+            sums[v] =
+                half_sum(of_weights[half][v], scale[set][v], offset[set][v], groups.has_offsets());
+          }
+          add_products<S, V, R>(total, sums, x.centres + half * R);
+        }
+        if constexpr (kSets > 0) {
+          if (groups.has_offsets()) {
+            KT_UNROLL
+            for (int set = 0; set < kSets; ++set) {
+              add_products<S, V, R>(total, offset[set], x.values + (kSets == 1 ? 2 : set) * R);
+            }
+          }
+        }
+        if (--left == 0) break;
+      }
+      store_sums<S>(total, out, v0);
+    }
+  }
+
+  KT_NOINLINE static void expand(const WeightLayout& layout, const uint8_t* block, Range range,
+                                 Panel& panel) {
+    constexpr int kVectors = static_cast<int>(kBlockRows) / S::kLanes;
+    const I levels = Quad::table(layout.levels);
+    const I excess = S::set1_i32(-16 * Code::template bias<Quad>(layout));
+    Groups<S, kSets> groups(layout, Code::kBytes, block);
+    panel.has_offsets = groups.has_offsets();
+    for (int64_t g = 0; g < range.count; ++g) {
+      const uint8_t* group = g == 0 ? groups.template begin<kVectors>(range.first, 0)
+                                    : groups.template next<kVectors>(0);
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t row = v * S::kLanes;
+        I of_weights[2] = {excess, excess};
+        expand_quads(group + row * 4, levels, panel.weights + g * 8 * kUnitBytes + row * 4,
+                     of_weights, std::make_integer_sequence<int, 8>());
+        F scale[2] = {S::zero(), S::zero()}, offset[2] = {S::zero(), S::zero()};
+        for (int set = 0; set < kSets; ++set) {
+          const int64_t at = (kSets * g + set) * kBlockRows + row;
+          scale[set] = groups.scale(group, set, v);
+          S::store(panel.scales + at, scale[set]);
+          if (!panel.has_offsets) continue;
+          offset[set] = groups.offset(group, set, v);
+          S::store(panel.offsets + at, offset[set]);
+        }
+        for (int half = 0; half < 2; ++half) {
+          const int set = kSets == 2 ? half : 0;
+          S::store(panel.sums + (2 * g + half) * kBlockRows + row,
+                   half_sum(of_weights[half], scale[set], offset[set], panel.has_offsets));
+        }
+      }
+    }
+  }
+
+  // Marks tokens of which more than 0.55 % would be lost, as a few numbers that are far larger than all
+  // others may make of those near them: `moe` makes 0.76 of it.
+  static void mark_fine(const ConstRows& x, int64_t tokens, int64_t cols, uint8_t* fine,
+                        ThreadPool& pool) {
+    const int64_t per_task = ceil_div(65536, cols);
+    parallel_for(pool, ceil_div(tokens, per_task), [&](int64_t task, int) {
+      const int64_t end = task * per_task + per_task < tokens ? task * per_task + per_task : tokens;
+      for (int64_t t = task * per_task; t < end; ++t) {
+        fine[t] = byte_loss<S>(x, t, cols) > 0.0055f * 0.0055f;
+      }
+    });
+  }
+
+  // Applies the rows' scales.
+  static KT_INLINE void finish(const uint8_t* block, int64_t groups, float* out, int64_t rows) {
+    if constexpr (kSets == 0) scale_rows<S>(block + groups * Code::kBytes, out, rows);
+  }
+
+ private:
+  // Whether the codes of four columns can be added up as bytes.
+  static constexpr bool kAddsBytes = !kTable && kBits <= 6;
+
+  // The sum of weights of 16 columns, out of that of the integers that they are before scales.
+  static KT_INLINE F half_sum(I integers, F scale, F offset, bool has_offsets) {
+    const F sum = S::to_f32(integers);
+    if constexpr (kSets == 0) return sum;
+    if (!has_offsets) return S::mul(sum, scale);
+    return S::fma(sum, scale, S::mul(offset, S::set1(static_cast<float>(kGroup / 2))));
+  }
+
+  // Adds four quads from number kFirst on to sums of products, and to those of the weights.
+  template <int kFirst, int V, int R>
+  static KT_INLINE void add_quads(I (&sum)[V][R], I (&of_weights)[V], I (&low)[V], I (&high)[V],
+                                  const uint8_t* w, I levels, const uint8_t* items,
+                                  Prefetch prefetch) {
+    I bytes[V];
+    add_quad<kFirst, V, R>(sum, of_weights, bytes, low, high, w, levels, items, prefetch);
+    add_quad<kFirst + 1, V, R>(sum, of_weights, bytes, low, high, w, levels, items, prefetch);
+    add_quad<kFirst + 2, V, R>(sum, of_weights, bytes, low, high, w, levels, items, prefetch);
+    add_quad<kFirst + 3, V, R>(sum, of_weights, bytes, low, high, w, levels, items, prefetch);
+  }
+  template <int Q, int V, int R>
+  static KT_INLINE void add_quad(I (&sum)[V][R], I (&of_weights)[V], I (&bytes)[V], I (&low)[V],
+                                 I (&high)[V], const uint8_t* w, I levels, const uint8_t* items,
+                                 Prefetch prefetch) {
+    if constexpr (Q % Code::kLowQuads == 0) {
+      load<V>(low, w + Code::kParts.low_unit(Q) * kUnitBytes, prefetch);
+    }
+    if constexpr (Code::kHigh > 0 && Q % Code::kHighQuads == 0) {
+      load<V>(high, w + Code::kParts.high_unit(Q) * kUnitBytes, prefetch);
+    }
+    I weight[V];
+    KT_UNROLL
+    for (int v = 0; v < V; ++v) {
+      weight[v] = Code::template widen<Quad, Q>(low[v], Code::kHigh > 0 ? high[v] : low[v], levels);
+      bytes[v] = kAddsBytes && Q % 4 > 0 ? S::add_i8(bytes[v], weight[v]) : weight[v];
+      if constexpr (!kAddsBytes || Q % 4 == 3) {
+        of_weights[v] = S::dot_u8(of_weights[v], bytes[v], S::set1_i8(1));
+      }
+    }
+    add_items<S, V, R>(sum, weight, items + Q * 4 * R);
+  }
+  template <int V>
+  static KT_INLINE void load(I (&raw)[V], const uint8_t* w, Prefetch prefetch) {
+    KT_UNROLL
+    for (int v = 0; v < V; ++v) {
+      const uint8_t* p = w + v * S::kLanes * 4;
+      ask_ahead<S>(p, prefetch);
+      raw[v] = S::load_i(p);
+    }
+  }
+
+  template <int... Q>
+  static KT_INLINE void expand_quads(const uint8_t* from, I levels, uint8_t* to, I (&of_weights)[2],
+                                     std::integer_sequence<int, Q...>) {
+    (expand_quad<Q>(from, levels, to, of_weights[Q / 4]), ...);
+  }
+  template <int Q>
+  static KT_INLINE void expand_quad(const uint8_t* from, I levels, uint8_t* to, I& of_weights) {
+    const I low = S::load_i(from + Code::kParts.low_unit(Q) * kUnitBytes);
+    I high = low;
+    if constexpr (Code::kHigh > 0) {
+      high = S::load_i(from + Code::kParts.high_unit(Q) * kUnitBytes);
+    }
+    const I weight = Code::template widen<Quad, Q>(low, high, levels);
+    of_weights = S::dot_u8(of_weights, weight, S::set1_i8(1));
+    S::store_i(to + Q * kUnitBytes, weight);
+  }
+};
+
+}  // namespace ktcore::KTCORE_ISA
