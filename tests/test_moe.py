@@ -64,6 +64,31 @@ def test_no_read_beyond_the_last_row(variant, format, rng):
     assert not outcome.problem, outcome.problem
 
 
+@pytest.mark.parametrize("format", ["int8", "int4_g32", "ct4_g32_asym"])
+def test_each_token_is_taken_as_finely_as_it_needs(variant, format, rng):
+    """Eight bits for normal activations, where byte dot products are exact; sixteen where each 16
+    columns hold a far larger one of either sign, and for all with exact=True."""
+    experts = inputs.experts(format, 5, 512, 256)
+    x = torch.randn(32, 512, generator=rng)
+    x[::2, ::16], x[::2, 1::16] = 20, -20
+    x[::2] /= 10
+    ids = torch.tensor([[0, 4]] * 32)
+    weights = torch.ones(32, 2)
+    want, _ = oracle.moe(x, experts, ids, weights, "silu")
+
+    def errors(exact):
+        got = ktcore.ops.moe(x, experts, ids, weights, exact=exact).double()
+        return ((got - want).norm(dim=1) / want.norm(dim=1)).tolist()
+
+    assert max(errors(exact=True)) < 5e-4
+    uneven, normal = errors(exact=False)[::2], errors(exact=False)[1::2]
+    assert max(uneven) < 5e-4
+    if variant.name in ("avx2_vnni", "avx512_vnni", "avx512_bf16"):
+        assert min(normal) > 2e-3 and max(normal) < 8e-3
+    else:
+        assert max(normal) < 5e-4
+
+
 class TestOracle:
     """The judge itself must be able to say no."""
 

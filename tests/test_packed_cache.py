@@ -481,7 +481,7 @@ def test_packed_weights_over_memory():
     ext = _native.ext
     layout = ext.WeightLayout(
         "table4", scale_type=1, span=8, inner_scales=True, offsets=True, levels=range(-8, 8),
-        largest=8,
+        largest=8, byte_activations=True,
     )  # fmt: skip
     assert ext.WeightLayout(**json.loads(json.dumps(layout.describe()))) == layout
     assert ext.WeightLayout("table4", scale_type=1, span=8, offsets=True) != layout
