@@ -161,7 +161,7 @@ def _altered(weight: QuantTensor, stored: str, rng: torch.Generator) -> QuantTen
     return QuantTensor(weight.format, weight.shape, parts)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=1024)
 def matrix(format: str, rows: int, columns: int, stored: str = "quantised") -> QuantTensor:
     """A weight [rows, columns]; columns are whole blocks."""
     rng = generator(f"matrix {rows} {columns}")
@@ -173,7 +173,7 @@ def matrix(format: str, rows: int, columns: int, stored: str = "quantised") -> Q
     return weight
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=1024)
 def experts(
     format: str,
     num_experts: int,

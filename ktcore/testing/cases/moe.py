@@ -381,7 +381,6 @@ def _cases() -> list[MoeCase]:
             "some ids -1": {"ids": "some_absent", "tokens": 64},
             "biases swiglu_oai": {"activation": "swiglu_oai", "biases": BIASES},
             "gelu_tanh": {"activation": "gelu_tanh"},
-            "64 experts top_k=8": {"num_experts": 64, "top_k": 8},
             "64 tokens to one expert": {"ids": "one_expert", "top_k": 1, "tokens": 64},
             "bits alike with 1, 2, 5 threads": {"compare": any_threads},
             "bits alike in any batch": {"compare": any_batch, "brief": True},
