@@ -99,6 +99,19 @@ THOROUGH = (
 )
 
 
+# What activations of long rows, which are of eight bits, are tried on with every operator.
+LONG_ROWS = {
+    "x zero": {"x": "zero"},
+    "x denormal": {"x": "denormal"},
+    "x huge": {"x": "huge"},
+    "x outlier": {"x": "outlier"},
+    "x outlier bfloat16": {"x": "outlier", "dtype": torch.bfloat16},
+    "x outlier in some": {"x": "some_outliers", "brief": True},
+    "x uneven": {"x": "uneven"},
+    "exact": {"exact": True},
+}
+
+
 def thorough(format: str) -> bool:
     """Whether a format is tried on every case."""
     return any(get_format(format) is get_format(name) for name in THOROUGH)

@@ -163,20 +163,13 @@ def _cases() -> list[LinearCase]:
     out += [
         LinearCase(f"545 columns {name}", (270, 545), **case)
         for name, case in {
-            "x zero": {"x": "zero"},
-            "x denormal": {"x": "denormal"},
-            "x huge": {"x": "huge"},
-            "x outlier": {"x": "outlier"},
-            "x outlier bfloat16": {"x": "outlier", "dtype": BF16},
-            "x outlier in some": {"x": "some_outliers", "brief": True},
+            **inputs.LONG_ROWS,
             "x outlier in some, any batch": {"x": "some_outliers", "compare": any_batch},
             "x outlier in some, exact": {"x": "some_outliers", "exact": True},
-            "x uneven": {"x": "uneven"},
             "x largest": {"x": "largest"},
             "x largest bfloat16": {"x": "largest", "dtype": BF16},
             "x nan": {"x": "nan", "compare": others_untouched},
             "x inf bfloat16": {"x": "inf", "dtype": BF16, "compare": others_untouched},
-            "exact": {"exact": True},
             "bias": {"bias": F32},
             "one vector": {"leading": ()},
         }.items()

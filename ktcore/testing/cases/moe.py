@@ -365,19 +365,12 @@ def _cases() -> list[MoeCase]:
     out += [
         MoeCase(f"545 columns {name}", hidden_size=545, intermediate_size=257, **case)
         for name, case in {
-            "x zero": {"x": "zero"},
-            "x denormal": {"x": "denormal"},
-            "x huge": {"x": "huge"},
-            "x outlier": {"x": "outlier"},
-            "x outlier bfloat16": {"x": "outlier", "dtype": BF16},
-            "x outlier in some": {"x": "some_outliers", "brief": True},
+            **inputs.LONG_ROWS,
             "x outlier in some, any batch": {"x": "some_outliers", "compare": any_batch},
-            "x uneven": {"x": "uneven"},
             "x uneven bfloat16": {"x": "uneven", "dtype": BF16},
             "x nan": {"x": "nan", "compare": others_untouched},
             "x inf float16": {"x": "inf", "dtype": F16, "compare": others_untouched},
             "float16": {"dtype": F16},
-            "exact": {"exact": True},
             "some ids -1": {"ids": "some_absent", "tokens": 64},
             "biases swiglu_oai": {"activation": "swiglu_oai", "biases": BIASES},
             "gelu_tanh": {"activation": "gelu_tanh"},
