@@ -183,7 +183,7 @@ struct ByteCoded {
                               const uint8_t* tile, float* out, Prefetch prefetch, Ahead<S> ahead) {
     constexpr int V = vectors_at_once<S>(R, S::kIntCells);
     const I levels = Quad::table(layout.levels);
-    const I excess = S::set1_i32(-16 * Code::template bias<Quad>(layout));
+    const I excess = S::set1_i32(-16 * layout.byte_bias());
     Groups<S, kSets> groups(layout, Code::kBytes, block);
     for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
       ByteTile<R> x(tile, range.groups, range.first);
@@ -253,7 +253,7 @@ struct ByteCoded {
                                  Panel& panel) {
     constexpr int kVectors = static_cast<int>(kBlockRows) / S::kLanes;
     const I levels = Quad::table(layout.levels);
-    const I excess = S::set1_i32(-16 * Code::template bias<Quad>(layout));
+    const I excess = S::set1_i32(-16 * layout.byte_bias());
     Groups<S, kSets> groups(layout, Code::kBytes, block);
     panel.has_offsets = groups.has_offsets();
     for (int64_t g = 0; g < range.count; ++g) {
@@ -328,10 +328,10 @@ struct ByteCoded {
                                  I (&high)[V], const uint8_t* w, I levels, const uint8_t* items,
                                  Prefetch prefetch) {
     if constexpr (Q % Code::kLowQuads == 0) {
-      load<V>(low, w + Code::kParts.low_unit(Q) * kUnitBytes, prefetch);
+      load_units<S, V>(low, w + Code::kParts.low_unit(Q) * kUnitBytes, prefetch);
     }
     if constexpr (Code::kHigh > 0 && Q % Code::kHighQuads == 0) {
-      load<V>(high, w + Code::kParts.high_unit(Q) * kUnitBytes, prefetch);
+      load_units<S, V>(high, w + Code::kParts.high_unit(Q) * kUnitBytes, prefetch);
     }
     I weight[V];
     KT_UNROLL
@@ -344,16 +344,6 @@ struct ByteCoded {
     }
     add_items<S, V, R>(sum, weight, items + Q * 4 * R);
   }
-  template <int V>
-  static KT_INLINE void load(I (&raw)[V], const uint8_t* w, Prefetch prefetch) {
-    KT_UNROLL
-    for (int v = 0; v < V; ++v) {
-      const uint8_t* p = w + v * S::kLanes * 4;
-      ask_ahead<S>(p, prefetch);
-      raw[v] = S::load_i(p);
-    }
-  }
-
   template <int... Q>
   static KT_INLINE void expand_quads(const uint8_t* from, I levels, uint8_t* to, I (&of_weights)[2],
                                      std::integer_sequence<int, Q...>) {

@@ -61,6 +61,17 @@ static KT_INLINE void ask_ahead(const uint8_t* p, Prefetch bytes) {
   S::prefetch_l2(p + bytes.second_level);
 }
 
+// V vectors of units, and asks for what will be read later.
+template <class S, int V>
+static KT_INLINE void load_units(typename S::I (&raw)[V], const uint8_t* w, Prefetch prefetch) {
+  KT_UNROLL
+  for (int v = 0; v < V; ++v) {
+    const uint8_t* p = w + v * S::kLanes * 4;
+    ask_ahead<S>(p, prefetch);
+    raw[v] = S::load_i(p);
+  }
+}
+
 // Groups [first, first + count) of the `groups` of a block.
 struct Range {
   int64_t first, count, groups;
@@ -680,10 +691,10 @@ struct Coded {
                                  const uint8_t* w, I levels, const uint8_t* a, Prefetch prefetch) {
     using Quad = Quads<S, R>;
     if constexpr (Q % Code::kLowQuads == 0) {
-      load<V, R>(low, w + Code::kParts.low_unit(Q) * kUnitBytes, prefetch);
+      load_units<S, V>(low, w + Code::kParts.low_unit(Q) * kUnitBytes, prefetch);
     }
     if constexpr (Code::kHigh > 0 && (Q % Code::kHighQuads == 0 || kIsFirst)) {
-      load<V, R>(high, w + Code::kParts.high_unit(Q) * kUnitBytes, prefetch);
+      load_units<S, V>(high, w + Code::kParts.high_unit(Q) * kUnitBytes, prefetch);
     }
     typename Quad::Weights weight[V];
     KT_UNROLL
@@ -691,16 +702,6 @@ struct Coded {
       weight[v] = Code::template widen<Quad, Q>(low[v], Code::kHigh > 0 ? high[v] : low[v], levels);
     }
     Quad::template add<V, R>(sum, weight, a + 2 * Q * R * 4);
-  }
-
-  template <int V, int R>
-  static KT_INLINE void load(I (&raw)[V], const uint8_t* w, Prefetch prefetch) {
-    KT_UNROLL
-    for (int v = 0; v < V; ++v) {
-      const uint8_t* p = w + v * S::kLanes * 4;
-      ask_ahead<S>(p, prefetch);
-      raw[v] = S::load_i(p);
-    }
   }
 };
 
