@@ -229,13 +229,15 @@ struct Simd {
     return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
   }
 
+  static KT_INLINE I add_i16(I a, I b) { return _mm256_add_epi16(a, b); }
+  static KT_INLINE I and_or(I a, I mask, I b) { return or_i(and_i(a, mask), b); }
+
   // ---- dot products, per 32-bit lane: dot_i16 of two 16-bit weights with two 16-bit activations,
   // dot_u8 of four unsigned bytes with four signed ones. Tiles of up to kByteRows rows take the latter,
   // which must then be exact.
 #if defined(KTCORE_VNNI)
+  static constexpr bool kByteDots = true;
   static constexpr int kByteRows = 2;
-  static KT_INLINE I add_i16(I a, I b) { return _mm256_add_epi16(a, b); }
-  static KT_INLINE I and_or(I a, I mask, I b) { return or_i(and_i(a, mask), b); }
 #if defined(KT_ASM)
   // As intrinsics, GCC copies sums from register to register.
   static KT_INLINE I dot_i16(I acc, I w, I a) {
@@ -251,14 +253,14 @@ struct Simd {
   static KT_INLINE I dot_u8(I acc, I w, I a) { return _mm256_dpbusd_avx_epi32(acc, w, a); }
 #endif
 #else
+  static constexpr bool kByteDots = false;
   static constexpr int kByteRows = 0;
   static KT_INLINE I dot_i16(I acc, I w, I a) {
     return _mm256_add_epi32(acc, _mm256_madd_epi16(w, a));
   }
-  static KT_INLINE I dot_u8(I acc, I w, I a) {
-    const I pairs = _mm256_maddubs_epi16(w, a);
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-  }
+  static KT_INLINE I pairs_u8(I w, I a) { return _mm256_maddubs_epi16(w, a); }
+  static KT_INLINE I add_pairs(I pairs) { return _mm256_madd_epi16(pairs, set1_i16(1)); }
+  static KT_INLINE I dot_u8(I acc, I w, I a) { return add_i32(acc, add_pairs(pairs_u8(w, a))); }
 #endif
 
   // The two bf16 of each lane, as floats.

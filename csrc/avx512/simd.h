@@ -233,15 +233,17 @@ struct Simd {
     }
   }
 
-  // ---- dot products, per 32-bit lane: dot_i16 of two 16-bit weights with two 16-bit activations,
-  // dot_u8 of four unsigned bytes with four signed ones. Tiles of up to kByteRows rows take the latter,
-  // which must then be exact.
-#if defined(KTCORE_VNNI)
-  static constexpr int kByteRows = 3;
   static KT_INLINE I add_i16(I a, I b) { return _mm512_add_epi16(a, b); }
   static KT_INLINE I and_or(I a, I mask, I b) {
     return _mm512_ternarylogic_epi32(a, mask, b, 0xea);
   }
+
+  // ---- dot products, per 32-bit lane: dot_i16 of two 16-bit weights with two 16-bit activations,
+  // dot_u8 of four unsigned bytes with four signed ones. Tiles of up to kByteRows rows take the latter,
+  // which must then be exact.
+#if defined(KTCORE_VNNI)
+  static constexpr bool kByteDots = true;
+  static constexpr int kByteRows = 3;
 #if defined(KT_ASM)
   // As intrinsics, GCC copies a third of the sums from register to register.
   static KT_INLINE I dot_i16(I acc, I w, I a) {
@@ -257,14 +259,14 @@ struct Simd {
   static KT_INLINE I dot_u8(I acc, I w, I a) { return _mm512_dpbusd_epi32(acc, w, a); }
 #endif
 #else
+  static constexpr bool kByteDots = false;
   static constexpr int kByteRows = 0;
   static KT_INLINE I dot_i16(I acc, I w, I a) {
     return _mm512_add_epi32(acc, _mm512_madd_epi16(w, a));
   }
-  static KT_INLINE I dot_u8(I acc, I w, I a) {
-    const I pairs = _mm512_maddubs_epi16(w, a);
-    return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
-  }
+  static KT_INLINE I pairs_u8(I w, I a) { return _mm512_maddubs_epi16(w, a); }
+  static KT_INLINE I add_pairs(I pairs) { return _mm512_madd_epi16(pairs, set1_i16(1)); }
+  static KT_INLINE I dot_u8(I acc, I w, I a) { return add_i32(acc, add_pairs(pairs_u8(w, a))); }
 #endif
 
   // The two bf16 of each lane, as floats.

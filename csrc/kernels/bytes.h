@@ -1,5 +1,6 @@
-// Integer weights times activations of eight bits (ByteCodec): one byte dot product for four columns, where
-// such are exact. See formats.h for the two ways, dot and expand.
+// Integer weights times activations of eight bits (ByteCodec): one byte dot product for four columns or, where
+// such are not exact, products of pairs of columns in 16 bits, of which as many are added up as fit there. See
+// formats.h for the two ways, dot and expand.
 //
 // In 16 columns an activation is scale * q + centre, with q a signed byte, so that a dot product with weights
 // w is
@@ -87,8 +88,46 @@ static KT_INLINE void add_items(typename S::I (&sum)[V][R], const typename S::I 
   }
 }
 
-// Panels of unsigned bytes, with kSets sets of scales a group: none, one, or two for 16 columns each.
-template <class S, int kSets>
+// Where byte dot products are not exact: adds the products of quads Q and Q + 1 of 16 columns, two columns
+// at a time, to sums of as many as fit in 16 bits. With 5 bits and fewer those are the sums of all 16
+// columns, and end_sums widens them; with 6 they are widened here.
+template <int kBits>
+static constexpr bool kFitsPairs = 8 * 127 * ((1 << kBits) - 1) <= 32767;
+template <class S, int kBits, int Q, int V, int R>
+static KT_INLINE void add_two(typename S::I (&sum)[V][R], const typename S::I (&first)[V],
+                              const typename S::I (&second)[V], const ByteTile<R>& x, int half) {
+  static_assert(4 * 127 * ((1 << kBits) - 1) <= 32767);
+  KT_UNROLL
+  for (int r = 0; r < R; ++r) {
+    const uint8_t* items = x.items + (4 * half + Q) * 4 * R + 4 * r;
+    const typename S::I left = S::broadcast4(items), right = S::broadcast4(items + 4 * R);
+    KT_UNROLL
+    for (int v = 0; v < V; ++v) {
+      const typename S::I pairs =
+          S::add_i16(S::pairs_u8(first[v], left), S::pairs_u8(second[v], right));
+      if constexpr (kFitsPairs<kBits>) {
+        sum[v][r] = Q == 0 ? pairs : S::add_i16(sum[v][r], pairs);
+      } else {
+        sum[v][r] = S::add_i32(Q == 0 ? S::set1_i32(x.starts[half * R + r]) : sum[v][r],
+                               S::add_pairs(pairs));
+      }
+    }
+  }
+}
+template <class S, int kBits, int V, int R>
+static KT_INLINE void end_sums(typename S::I (&sum)[V][R], const int32_t* starts) {
+  if constexpr (!kFitsPairs<kBits>) return;
+  KT_UNROLL
+  for (int r = 0; r < R; ++r) {
+    const typename S::I start = S::set1_i32(starts[r]);
+    KT_UNROLL
+    for (int v = 0; v < V; ++v) sum[v][r] = S::add_i32(S::add_pairs(sum[v][r]), start);
+  }
+}
+
+// Panels of unsigned bytes, of which kBits are used, with kSets sets of scales a group: none, one, or two
+// for 16 columns each.
+template <class S, int kBits, int kSets>
 struct BytePanel {
   using F = typename S::F;
   using I = typename S::I;
@@ -114,17 +153,23 @@ struct BytePanel {
         KT_UNROLL
         for (int half = 0; half < 2; ++half) {
           I sum[V][R];
-          start_sums<S, V, R>(sum, x.starts + half * R);
-          KT_UNROLL
-          for (int quad = 4 * half; quad < 4 * half + 4; ++quad) {
-            I weight[V];
+          if constexpr (S::kByteDots) {
+            start_sums<S, V, R>(sum, x.starts + half * R);
             KT_UNROLL
-            for (int v = 0; v < V; ++v) {
-              weight[v] =
-                  S::load_i(weights + (8 * g + quad) * kUnitBytes + (row + v * S::kLanes) * 4);
-              if constexpr (R > 1) KT_IN_REGISTER(weight[v]);
+            for (int quad = 4 * half; quad < 4 * half + 4; ++quad) {
+              I weight[V];
+              load_quad<V, R>(weight, 8 * g + quad, row);
+              add_items<S, V, R>(sum, weight, x.items + quad * 4 * R);
             }
-            add_items<S, V, R>(sum, weight, x.items + quad * 4 * R);
+          } else {
+            I first[V], second[V];
+            load_quad<V, R>(first, 8 * g + 4 * half, row);
+            load_quad<V, R>(second, 8 * g + 4 * half + 1, row);
+            add_two<S, kBits, 0, V, R>(sum, first, second, x, half);
+            load_quad<V, R>(first, 8 * g + 4 * half + 2, row);
+            load_quad<V, R>(second, 8 * g + 4 * half + 3, row);
+            add_two<S, kBits, 2, V, R>(sum, first, second, x, half);
+            end_sums<S, kBits, V, R>(sum, x.starts + half * R);
           }
           F scale[V];
           if constexpr (kSets > 0) load<V>(scales, kSets * g + (kSets == 2 ? half : 0), row, scale);
@@ -151,6 +196,14 @@ struct BytePanel {
   }
 
  private:
+  template <int V, int R>
+  KT_INLINE void load_quad(I (&weight)[V], int64_t quad, int64_t row) const {
+    KT_UNROLL
+    for (int v = 0; v < V; ++v) {
+      weight[v] = S::load_i(weights + quad * kUnitBytes + (row + v * S::kLanes) * 4);
+      if constexpr (R > 1) KT_IN_REGISTER(weight[v]);
+    }
+  }
   template <int V>
   static KT_INLINE void load(const float* from, int64_t set, int64_t row, F (&to)[V]) {
     KT_UNROLL
@@ -169,7 +222,7 @@ template <class S, int kBits, bool kTable, int kSets>
 struct ByteCoded {
   using Fine = FineOf<S, kBits, kTable, kSets>;
   using Codec = ByteCodec<S>;
-  using Panel = BytePanel<S, kSets>;
+  using Panel = BytePanel<S, S::kByteDots ? 8 : kBits, kSets>;
   using Code = Codes<S, kBits, kTable>;
   using Quad = ByteQuads<S>;
   using I = typename S::I;
@@ -206,13 +259,13 @@ struct ByteCoded {
         KT_UNROLL
         for (int half = 0; half < 2; ++half) {
           I sum[V][R];
-          start_sums<S, V, R>(sum, x.starts + half * R);
+          if constexpr (S::kByteDots) start_sums<S, V, R>(sum, x.starts + half * R);
           KT_UNROLL
           for (int v = 0; v < V; ++v) of_weights[half][v] = excess;
           if (half == 0) {
-            add_quads<0, V, R>(sum, of_weights[0], low, high, codes, levels, x.items, prefetch);
+            add_quads<0, V, R>(sum, of_weights[0], low, high, codes, levels, x, prefetch);
           } else {
-            add_quads<4, V, R>(sum, of_weights[1], low, high, codes, levels, x.items, prefetch);
+            add_quads<4, V, R>(sum, of_weights[1], low, high, codes, levels, x, prefetch);
           }
           if (half < kSets) {
             KT_UNROLL
@@ -315,25 +368,43 @@ struct ByteCoded {
   // Adds four quads from number kFirst on to sums of products, and to those of the weights.
   template <int kFirst, int V, int R>
   static KT_INLINE void add_quads(I (&sum)[V][R], I (&of_weights)[V], I (&low)[V], I (&high)[V],
-                                  const uint8_t* w, I levels, const uint8_t* items,
+                                  const uint8_t* w, I levels, const ByteTile<R>& x,
                                   Prefetch prefetch) {
     I bytes[V];
-    add_quad<kFirst, V, R>(sum, of_weights, bytes, low, high, w, levels, items, prefetch);
-    add_quad<kFirst + 1, V, R>(sum, of_weights, bytes, low, high, w, levels, items, prefetch);
-    add_quad<kFirst + 2, V, R>(sum, of_weights, bytes, low, high, w, levels, items, prefetch);
-    add_quad<kFirst + 3, V, R>(sum, of_weights, bytes, low, high, w, levels, items, prefetch);
+    if constexpr (S::kByteDots) {
+      add_quad<kFirst, V, R>(sum, of_weights, bytes, low, high, w, levels, x.items, prefetch);
+      add_quad<kFirst + 1, V, R>(sum, of_weights, bytes, low, high, w, levels, x.items, prefetch);
+      add_quad<kFirst + 2, V, R>(sum, of_weights, bytes, low, high, w, levels, x.items, prefetch);
+      add_quad<kFirst + 3, V, R>(sum, of_weights, bytes, low, high, w, levels, x.items, prefetch);
+    } else {
+      I first[V], second[V];
+      widen<kFirst, V>(first, of_weights, bytes, low, high, w, levels, prefetch);
+      widen<kFirst + 1, V>(second, of_weights, bytes, low, high, w, levels, prefetch);
+      add_two<S, kBits, 0, V, R>(sum, first, second, x, kFirst / 4);
+      widen<kFirst + 2, V>(first, of_weights, bytes, low, high, w, levels, prefetch);
+      widen<kFirst + 3, V>(second, of_weights, bytes, low, high, w, levels, prefetch);
+      add_two<S, kBits, 2, V, R>(sum, first, second, x, kFirst / 4);
+      end_sums<S, kBits, V, R>(sum, x.starts + kFirst / 4 * R);
+    }
   }
   template <int Q, int V, int R>
   static KT_INLINE void add_quad(I (&sum)[V][R], I (&of_weights)[V], I (&bytes)[V], I (&low)[V],
                                  I (&high)[V], const uint8_t* w, I levels, const uint8_t* items,
                                  Prefetch prefetch) {
+    I weight[V];
+    widen<Q, V>(weight, of_weights, bytes, low, high, w, levels, prefetch);
+    add_items<S, V, R>(sum, weight, items + Q * 4 * R);
+  }
+  // Quad Q's weights, and their part of the sums of weights.
+  template <int Q, int V>
+  static KT_INLINE void widen(I (&weight)[V], I (&of_weights)[V], I (&bytes)[V], I (&low)[V],
+                              I (&high)[V], const uint8_t* w, I levels, Prefetch prefetch) {
     if constexpr (Q % Code::kLowQuads == 0) {
       load_units<S, V>(low, w + Code::kParts.low_unit(Q) * kUnitBytes, prefetch);
     }
     if constexpr (Code::kHigh > 0 && Q % Code::kHighQuads == 0) {
       load_units<S, V>(high, w + Code::kParts.high_unit(Q) * kUnitBytes, prefetch);
     }
-    I weight[V];
     KT_UNROLL
     for (int v = 0; v < V; ++v) {
       weight[v] = Code::template widen<Quad, Q>(low[v], Code::kHigh > 0 ? high[v] : low[v], levels);
@@ -342,7 +413,6 @@ struct ByteCoded {
         of_weights[v] = S::dot_u8(of_weights[v], bytes[v], S::set1_i8(1));
       }
     }
-    add_items<S, V, R>(sum, weight, items + Q * 4 * R);
   }
   template <int... Q>
   static KT_INLINE void expand_quads(const uint8_t* from, I levels, uint8_t* to, I (&of_weights)[2],

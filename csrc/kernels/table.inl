@@ -40,7 +40,10 @@ static constexpr Encoding encoding_of() {
   return Encoding::bf16;
 }
 
-static constexpr bool kByteDots = Simd::kByteRows > 0;  // exact ones
+// Whether codes of so many bits can be multiplied with activations of eight.
+static constexpr bool takes_bytes(int bits, bool table) {
+  return Simd::kByteDots || (bits <= 6 && !table);
+}
 
 template <class Format>
 static constexpr auto gate_up_into_bf16() -> void (*)(const MoeJob&, ThreadPool&) {
@@ -85,7 +88,7 @@ static constexpr FormatKernels kernels_of() {
 // sixteen, which are nearly exact.
 template <Accuracy kAccuracy, int kBits, bool kTable, int kSets>
 static constexpr FormatKernels coded() {
-  if constexpr (kByteDots && kAccuracy == Accuracy::int8) {
+  if constexpr (takes_bytes(kBits, kTable) && kAccuracy == Accuracy::int8) {
     return kernels_of<ByteCoded<Simd, kBits, kTable, kSets>>();
   } else {
     return kernels_of<Coded<Simd, kBits, kTable, kSets>>();
@@ -93,7 +96,7 @@ static constexpr FormatKernels coded() {
 }
 template <Accuracy kAccuracy>
 static constexpr FormatKernels int8() {
-  if constexpr (kByteDots && kAccuracy == Accuracy::int8) {
+  if constexpr (Simd::kByteDots && kAccuracy == Accuracy::int8) {
     return kernels_of<ByteCoded<Simd, 8, false, 0>>();
   } else {
     return kernels_of<Int8Channel<Simd>>();
