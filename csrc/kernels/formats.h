@@ -1085,8 +1085,8 @@ KT_NOINLINE static void multiply(const WeightLayout& layout, const uint8_t* bloc
     // Several tiles find a range in the cache that the first has brought there; one asks for what is soon
     // needed, line by line.
     if (count > 1) return each(kDirectGroups, [](Range) {}, dot);
-    // Where the sums of a tile of three rows and more do not all fit in registers, it goes through the weights more than once:
-    // a range at a time, which stays in the first-level cache, or each pass would read memory.
+    // Where the sums of a tile of three rows and more do not fit in registers, it goes through the weights
+    // more than once: a range at a time, which stays in the first-level cache, or each pass would read memory.
     constexpr bool kFits = kBlockRows / S::kLanes <= 2;
     const int64_t step = kFits || tiles[0].tokens * planes <= 2 ? groups : kPanelGroups;
     for (int64_t first = 0; first < groups; first += step) {
