@@ -29,6 +29,7 @@ KT_HALVES2(F512, mul_ps, _mm256_mul_ps)
 KT_HALVES2(F512, div_ps, _mm256_div_ps)
 KT_HALVES2(F512, min_ps, _mm256_min_ps)
 KT_HALVES2(F512, max_ps, _mm256_max_ps)
+KT_HALVES2(I512, add_epi8, _mm256_add_epi8)
 KT_HALVES2(I512, add_epi16, _mm256_add_epi16)
 KT_HALVES2(I512, add_epi32, _mm256_add_epi32)
 KT_HALVES2(I512, andnot_si512, _mm256_andnot_si256)
@@ -177,6 +178,11 @@ static inline float reduce_max_ps(F512 a) {
   return most;
 }
 static inline __m256i castsi512_si256(I512 a) { return a.lo; }
+static inline __m256 castps512_ps256(F512 a) { return a.lo; }
+template <int N>
+static inline __m256 extractf32x8_ps(F512 a) {
+  return N == 0 ? a.lo : a.hi;
+}
 template <int N>
 static inline __m256i extracti64x4_epi64(I512 a) {
   return N == 0 ? a.lo : a.hi;
@@ -245,6 +251,7 @@ static inline F512 dpbf16_ps(F512 acc, I512 a, I512 b) {
 #define __m512bh ::ktcore::emulated::I512
 #define __mmask16 ::ktcore::emulated::Mask16
 
+#define _mm512_add_epi8 ::ktcore::emulated::add_epi8
 #define _mm512_add_epi16 ::ktcore::emulated::add_epi16
 #define _mm512_add_epi32 ::ktcore::emulated::add_epi32
 #define _mm512_add_ps ::ktcore::emulated::add_ps
@@ -252,6 +259,7 @@ static inline F512 dpbf16_ps(F512 acc, I512 a, I512 b) {
 #define _mm512_andnot_si512 ::ktcore::emulated::andnot_si512
 #define _mm512_broadcast_i32x4 ::ktcore::emulated::broadcast_i32x4
 #define _mm512_castpd_ps(a) (a)
+#define _mm512_castps512_ps256 ::ktcore::emulated::castps512_ps256
 #define _mm512_castps_pd(a) (a)
 #define _mm512_castps_si512 ::ktcore::emulated::castps_si512
 #define _mm512_castsi512_ps ::ktcore::emulated::castsi512_ps
@@ -269,6 +277,7 @@ static inline F512 dpbf16_ps(F512 acc, I512 a, I512 b) {
 #define _mm512_dpbf16_ps ::ktcore::emulated::dpbf16_ps
 #define _mm512_dpbusd_epi32 ::ktcore::emulated::dpbusd_epi32
 #define _mm512_dpwssd_epi32 ::ktcore::emulated::dpwssd_epi32
+#define _mm512_extractf32x8_ps(a, n) ::ktcore::emulated::extractf32x8_ps<n>(a)
 #define _mm512_extracti64x4_epi64(a, n) ::ktcore::emulated::extracti64x4_epi64<n>(a)
 #define _mm512_fmadd_ps ::ktcore::emulated::fmadd_ps
 #define _mm512_loadu_ps ::ktcore::emulated::loadu_ps
