@@ -34,14 +34,15 @@ def symmetric(bits: int, group: int) -> Rounding:
     return rounded
 
 
-def centred(bits: int, group: int) -> Rounding:
+def centred(bits: int, group: int, alike: int = 1) -> Rounding:
     """Integers of `bits` bits around a multiple of their step: between the smallest and the largest
-    of a group, so that zeros are exact."""
+    of a group, so that zeros are exact. So many neighbouring groups share a step."""
 
     def rounded(x: Tensor) -> Tensor:
         v = x.unflatten(-1, (-1, group))
         low, high = v.amin(-1, keepdim=True), v.amax(-1, keepdim=True)
-        step = (high - low) / (2**bits - 3)
+        spread = (high - low).unflatten(-2, (-1, alike)).amax(-2, keepdim=True)
+        step = spread.expand(*spread.shape[:-2], alike, 1).flatten(-3, -2) / (2**bits - 3)
         centre = ((high + low) / 2 / step).round() * step
         return (centre + ((v - centre) / step).round() * step).flatten(-2)
 
@@ -58,6 +59,10 @@ CASES: dict[str, tuple[Rounding, Rounding]] = {
     "8 bits centred, groups of 16": (centred(8, 16), centred(8, 16)),
     "8 bits centred, groups of 16; down 16 bits": (centred(8, 16), symmetric(16, 32)),
     "8 bits centred, groups of 32; down 16 bits": (centred(8, 32), symmetric(16, 32)),
+    "8 bits centred, groups of 16, a scale for two; down 16 bits": (
+        centred(8, 16, alike=2),
+        symmetric(16, 32),
+    ),
     "8 bits, groups of 8": (symmetric(8, 8), symmetric(8, 8)),
     "16 bits, groups of 32": (symmetric(16, 32), symmetric(16, 32)),
 }

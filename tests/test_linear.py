@@ -44,3 +44,17 @@ def test_the_largest_integers_do_not_overflow(variant, tokens, sign):
     x = torch.full((tokens, 512), 0.7 * sign)
     want = x.double() @ weight.dequantize(torch.float32).double().T
     torch.testing.assert_close(ops.linear(x, weight).double(), want, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("format", ["int4_g32", "int8", "q6_k"])
+@pytest.mark.parametrize("power", [-70, -40, 30, 70])
+def test_a_token_is_rounded_alike_whatever_its_size(variant, format, power):
+    """Not even where its squares are too large or too small for float32."""
+    weight = inputs.matrix(format, 288, 512)
+    x = torch.randn(9, 512, generator=torch.Generator().manual_seed(0))
+    x[::2, ::16], x[::2, 1::16] = 200, -200  # eight bits would lose too much of the others
+    got = ops.linear(x * 2.0**power, weight)
+    assert torch.equal(got, ops.linear(x, weight) * 2.0**power)
+    want = x.double() @ weight.dequantize(torch.float32).double().T
+    error = (got * 2.0**-power - want).norm(dim=1) / want.norm(dim=1)
+    assert error[::2].max() < 5e-4 and error[1::2].max() < 8e-3

@@ -135,32 +135,35 @@ void moe(const KernelTable& table, const MoeArgs& args) {
 
   // Pairs are sorted by kind: twice their expert's number, and one more if their token is fine.
   const int64_t kinds = 2 * experts.num_experts;
-  uint8_t* fine;
+  uint8_t *fine, *encoded;
   int32_t *begin, *cursor, *pair_token;
   float* pair_weight;
   ActiveExpert* active;
   TokenTile* tiles;
   with_scratch(*pool, [&](Arena& arena) {
-    arena.take(fine, gate_up.mark_fine == nullptr ? 0 : args.tokens);
+    arena.take(fine, gate_up.marks_fine ? args.tokens : 0);
     arena.take(begin, kinds + 1);
     arena.take(cursor, kinds);
     arena.take(pair_token, slots);
     arena.take(pair_weight, slots);
     arena.take(active, std::min(slots, experts.num_experts));
     arena.take(tiles, slots);
-    arena.take(job.tokens_encoded, args.tokens * in_token_bytes);
+    arena.take(encoded, args.tokens * in_token_bytes);
     arena.take(job.in_encoded, slots * in_token_bytes);
     arena.take(job.up_encoded, experts.gate_up_layout.reordered ? slots * in_token_bytes : 0);
     arena.take(job.mid_encoded, slots * mid_token_bytes);
     arena.take(job.sum, args.tokens * round_up(job.hidden_size, kBlockRows));
   });
 
-  if (gate_up.mark_fine != nullptr) {
-    gate_up.mark_fine(args.x, args.tokens, experts.hidden_size, fine, *pool);
-    job.fine = fine;
+  if (!gate_up.marks_fine) fine = nullptr;
+  // Where columns are in an order of their own for each expert, only to see which tokens are fine.
+  if (fine != nullptr || !experts.gate_up_layout.reordered) {
+    gate_up.encode({args.x, args.tokens, job.hidden_size, nullptr, job.rounding, fine, encoded},
+                   *pool);
   }
+  job.tokens_encoded = encoded;
   const auto kind_of = [&](int64_t slot) {
-    return 2 * args.ids[slot] + (job.fine == nullptr ? 0 : job.fine[slot / args.top_k]);
+    return 2 * args.ids[slot] + (fine == nullptr ? 0 : fine[slot / args.top_k]);
   };
 
   // Counting sort of the (token, expert) pairs; within a kind in token order.
@@ -227,35 +230,33 @@ void linear(const KernelTable& table, const LinearArgs& args) {
   std::lock_guard<std::mutex> guard(pool->lock());
 
   LinearJob job{};
-  job.x = args.x;
   job.out = args.out;
   job.tokens = args.tokens;
   job.rows = weight.rows;
   job.cols = weight.cols;
   job.layout = &weight.layout;
   job.weight = weight.buffer.data();
-  job.columns = weight.columns();
   job.bias = args.bias;
   job.rounding = rounding(kernels, weight.layout);
   job.prefetch = prefetch(weight.layout, args.tokens);
   const int64_t token_bytes = job.rounding.planes * kernels.row_bytes(weight.cols);
-  const int64_t marked = kernels.mark_fine == nullptr ? 0 : args.tokens;
-  uint8_t* fine;
+  const int64_t marked = kernels.marks_fine ? args.tokens : 0;
+  uint8_t *fine, *encoded;
   int32_t* order;
   TokenTile* tiles;
   with_scratch(*pool, [&](Arena& arena) {
     arena.take(fine, marked);
     arena.take(order, marked);
     arena.take(tiles, args.tokens);
-    arena.take(job.tokens_encoded, args.tokens * token_bytes);
+    arena.take(encoded, args.tokens * token_bytes);
     arena.take(job.tiles_encoded, args.tokens * token_bytes);
   });
-  int64_t plain = args.tokens;  // how many tokens are not fine: these come first
-  if (marked > 0) {
-    kernels.mark_fine(args.x, args.tokens, weight.cols, fine, *pool);
-    plain = std::count(fine, fine + args.tokens, 0);
-    job.fine = fine;
-  }
+  if (marked == 0) fine = nullptr;
+  kernels.encode({args.x, args.tokens, weight.cols, weight.columns(), job.rounding, fine, encoded},
+                 *pool);
+  job.tokens_encoded = encoded;
+  // How many tokens are not fine: these come first.
+  const int64_t plain = fine == nullptr ? args.tokens : std::count(fine, fine + args.tokens, 0);
   if (plain < args.tokens) {
     int64_t next[] = {0, plain};
     for (int64_t t = 0; t < args.tokens; ++t) order[next[fine[t]]++] = static_cast<int32_t>(t);

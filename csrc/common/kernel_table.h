@@ -37,6 +37,17 @@ struct Rounding {
   int32_t largest, byte_bias;
 };
 
+// Tokens to encode, one after the other, as tiles of one token.
+struct EncodeJob {
+  ConstRows x;
+  int64_t tokens, cols;
+  const int32_t* columns;  // [cols], in which order; null: in their own
+  Rounding rounding;
+  // [tokens], becomes 1 for those whose activations are taken more finely than others'; null where none are.
+  uint8_t* fine;
+  uint8_t* encoded;
+};
+
 // One call of `moe`, planned: pairs (token, expert) are sorted by expert. All memory is the caller's.
 struct MoeJob {
   ConstRows x;
@@ -54,9 +65,8 @@ struct MoeJob {
   int64_t tile_count;
   Activation activation;
   Rounding rounding, mid_rounding;  // for gate and up, and for down
-  const uint8_t* fine;              // [tokens], 1 for those of fine tiles; null: none are
-  // Scratch: encoded tokens, encoded tiles for gate and up, for down, and the f32 sum.
-  uint8_t* tokens_encoded;
+  const uint8_t* tokens_encoded;    // unless the layout is reordered
+  // Scratch: encoded tiles for gate and up, for down, and the f32 sum.
   uint8_t* in_encoded;
   uint8_t* up_encoded;  // tiles for up alone, where the layout is reordered
   uint8_t* mid_encoded;
@@ -65,19 +75,16 @@ struct MoeJob {
 };
 
 struct LinearJob {
-  ConstRows x;
   Rows out;
   int64_t tokens, rows, cols;
   const WeightLayout* layout;
   const uint8_t* weight;
-  const int32_t* columns;  // [cols], where the layout is reordered
-  const float* bias;       // may be null
-  const int32_t* order;    // [tokens], the tokens that tiles number; null: in their own order
+  const float* bias;     // may be null
+  const int32_t* order;  // [tokens], the tokens that tiles number; null: in their own order
   const TokenTile* tiles;
   int64_t tile_count;
   Rounding rounding;
-  const uint8_t* fine;  // as in MoeJob
-  uint8_t* tokens_encoded;
+  const uint8_t* tokens_encoded;
   uint8_t* tiles_encoded;
   Prefetch prefetch;
 };
@@ -193,6 +200,8 @@ enum class Encoding : int { int16 = 0, f32 = 1, bf16 = 2 };
 
 // How one weight format is computed on one instruction set.
 struct FormatKernels {
+  // What comes before the others: activations as gate and up, or linear, take them.
+  void (*encode)(const EncodeJob&, ThreadPool&);
   // The two halves of `moe`; gate and up leave their result in down's encoding. Null for one that
   // the instruction set does not use.
   void (*gate_up[3])(const MoeJob&, ThreadPool&);
@@ -204,9 +213,9 @@ struct FormatKernels {
   int planes;
   // Bytes of one row of an encoded tile with `cols` columns.
   int64_t (*row_bytes)(int64_t cols);
-  // Marks the tokens whose activations are to be taken more finely, in tiles of their own: whichever the
-  // format's encoding would change too much. Null: it suits all.
-  void (*mark_fine)(const ConstRows& x, int64_t tokens, int64_t cols, uint8_t* fine, ThreadPool&);
+  // Whether some tokens' activations are taken more finely than others', in tiles of their own: those that the
+  // format's encoding would change too much.
+  bool marks_fine;
 };
 
 // How exact activations are taken: for exact results, or as bf16 or signed bytes are.

@@ -335,19 +335,6 @@ struct ByteCoded {
     }
   }
 
-  // Marks tokens of which more than 0.55 % would be lost, as a few numbers that are far larger than all
-  // others may make of those near them: `moe` makes 0.76 of it.
-  static void mark_fine(const ConstRows& x, int64_t tokens, int64_t cols, uint8_t* fine,
-                        ThreadPool& pool) {
-    const int64_t per_task = ceil_div(65536, cols);
-    parallel_for(pool, ceil_div(tokens, per_task), [&](int64_t task, int) {
-      const int64_t end = task * per_task + per_task < tokens ? task * per_task + per_task : tokens;
-      for (int64_t t = task * per_task; t < end; ++t) {
-        fine[t] = byte_loss<S>(x, t, cols) > 0.0055f * 0.0055f;
-      }
-    });
-  }
-
   // Applies the rows' scales.
   static KT_INLINE void finish(const uint8_t* block, int64_t groups, float* out, int64_t rows) {
     if constexpr (kSets == 0) scale_rows<S>(block + groups * Code::kBytes, out, rows);

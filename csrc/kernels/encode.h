@@ -154,12 +154,51 @@ struct ByteCodec {
     }
   };
 
+  // How much of a token is lost: the squares of its numbers, times a factor, and of what is left out of them.
+  struct Loss {
+    float factor = 1;
+    F all = S::zero(), lost = S::zero();
+
+    KT_INLINE void add(const F* v, const Bytes& bytes) {
+      for (int i = 0; i < 2 * kVectors; ++i) {
+        const int half = i / kVectors;
+        const F from_centre = S::sub(v[i], S::set1(bytes.centre[half]));
+        const F rest = S::fma(bytes.n[i], S::set1(-bytes.scale[half]), from_centre);
+        const F value = S::mul(v[i], S::set1(factor)), left = S::mul(rest, S::set1(factor));
+        all = S::fma(value, value, all);
+        lost = S::fma(left, left, lost);
+      }
+    }
+    // More than 0.55 % of the token, as a few numbers that are far larger than all others may make of those
+    // near them: `moe` makes 0.76 of it.
+    KT_INLINE bool much() const { return S::sum(lost) > 0.0055f * 0.0055f * S::sum(all); }
+    // Whether no square was too large or too small to tell.
+    KT_INLINE bool known() const { return S::sum(all) >= 1e-24f && S::sum(all) <= 1e36f; }
+  };
+
   static KT_INLINE void encode(const F* v, int64_t count, Rounding rounding, uint8_t* tile,
                                int64_t rows, int64_t row, int64_t group, int64_t groups) {
+    put(v, Bytes(v, count), rounding, tile, rows, row, group, groups);
+  }
+  static KT_INLINE void encode(const F* v, int64_t count, Rounding rounding, uint8_t* tile,
+                               int64_t rows, int64_t row, int64_t group, int64_t groups,
+                               Loss& loss) {
+    const Bytes bytes(v, count);
+    loss.add(v, bytes);
+    put(v, bytes, rounding, tile, rows, row, group, groups);
+  }
+
+  static KT_INLINE void gather(const uint8_t* token, int, uint8_t* tile, int64_t rows, int64_t row,
+                               int64_t groups) {
+    copy_rows<4>(token, 1, tile, rows, row, groups * kWords);
+  }
+
+ private:
+  static KT_INLINE void put(const F* v, Bytes bytes, Rounding rounding, uint8_t* tile, int64_t rows,
+                            int64_t row, int64_t group, int64_t groups) {
     const auto word = [&](int64_t before, int64_t size, int64_t i) {
       return tile + ((groups * before + group * size + i) * rows + row) * 4;
     };
-    Bytes bytes(v, count);
     alignas(64) int8_t q[kGroup];
     S::quantize32(bytes.n, S::set1(1), q);
     // An infinite or NaN value makes the whole token NaN, as the exact sum of products would be.
@@ -184,50 +223,7 @@ struct ByteCodec {
     }
     for (int i = 0; i < 3; ++i) std::memcpy(word(12, 3, i), &value[i], 4);
   }
-
-  static KT_INLINE void gather(const uint8_t* token, int, uint8_t* tile, int64_t rows, int64_t row,
-                               int64_t groups) {
-    copy_rows<4>(token, 1, tile, rows, row, groups * kWords);
-  }
 };
-
-// How much of a token ByteCodec loses: the square of what it leaves out over that of the token; 0 if it has no
-// number to lose something of.
-template <class S>
-static float byte_loss(const ConstRows& x, int64_t token, int64_t cols) {
-  using Rows = Rows32<S>;
-  using F = typename S::F;
-  const auto each = [&](auto&& f) {
-    for (int64_t at = 0; at < cols; at += kGroup) {
-      const int64_t count = cols - at < kGroup ? cols - at : kGroup;
-      F v[Rows::kVectors];
-      Rows::load(x, token, at, count, v);
-      f(v, count);
-    }
-  };
-  float largest = 0;
-  each([&](const F* v, int64_t) {
-    const float here = S::absmax32(v);
-    if (!(here <= largest)) largest = here;
-  });
-  if (!(largest >= 1e-30f && largest <= 3.4028235e38f)) return 0;
-  const F inverse = S::set1(1 / largest);  // whose squares are no infinities
-  F squares = S::zero(), lost = S::zero();
-  each([&](F* v, int64_t count) {
-    for (int i = 0; i < Rows::kVectors; ++i) {
-      v[i] = S::mul(v[i], inverse);
-      squares = S::fma(v[i], v[i], squares);
-    }
-    const typename ByteCodec<S>::Bytes bytes(v, count);
-    for (int i = 0; i < Rows::kVectors; ++i) {
-      const int half = 2 * i / Rows::kVectors;
-      const F from_centre = S::sub(v[i], S::set1(bytes.centre[half]));
-      const F rest = S::fma(bytes.n[i], S::set1(-bytes.scale[half]), from_centre);
-      lost = S::fma(rest, rest, lost);
-    }
-  });
-  return S::sum(lost) / S::sum(squares);
-}
 
 // Pairs of floats, for fused multiply-adds: exact. Tile: pair[K/2][R] of float[2].
 template <class S>

@@ -4,10 +4,11 @@
 namespace ktcore::KTCORE_ISA {
 
 // Encodes a token as rows [row, row + rounding.planes) of a tile of `rows`; its columns in the order listed, if
-// there is a list.
-template <class S, class Codec>
+// there is a list. The codec adds to `loss`, if it is given.
+template <class S, class Codec, class... Loss>
 static void encode_token(const ConstRows& x, int64_t token, int64_t cols, const int32_t* columns,
-                         Rounding rounding, uint8_t* tile, int64_t rows, int64_t row) {
+                         Rounding rounding, uint8_t* tile, int64_t rows, int64_t row,
+                         Loss&... loss) {
   const int64_t groups = ceil_div(cols, kGroup);
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t left = cols - g * kGroup, count = left < kGroup ? left : kGroup;
@@ -17,8 +18,21 @@ static void encode_token(const ConstRows& x, int64_t token, int64_t cols, const 
     } else {
       Rows32<S>::load_listed(x, token, columns + g * kGroup, count, v);
     }
-    Codec::encode(v, count, rounding, tile, rows, row, g, groups);
+    Codec::encode(v, count, rounding, tile, rows, row, g, groups, loss...);
   }
+}
+
+// The largest number of a token, its sign left out; NaN if one of them is.
+template <class S>
+static float largest_of(const ConstRows& x, int64_t token, int64_t cols) {
+  float largest = 0;
+  for (int64_t at = 0; at < cols; at += kGroup) {
+    typename S::F v[Rows32<S>::kVectors];
+    Rows32<S>::load(x, token, at, cols - at < kGroup ? cols - at : kGroup, v);
+    const float here = S::absmax32(v);
+    if (!(here <= largest)) largest = here;
+  }
+  return largest;
 }
 
 // A token's activations take as many bytes of memory either way.
@@ -40,21 +54,43 @@ static KT_INLINE void with_codec(bool fine, F&& f) {
   }
 }
 
+// Encodes a token on its own, and says whether it is fine: whether its numbers have to be taken more finely than
+// the format's codec takes them.
 template <class S, class Format>
-static void encode_tokens(ThreadPool& pool, const ConstRows& x, int64_t tokens, int64_t cols,
-                          const int32_t* columns, Rounding rounding, const uint8_t* fine,
-                          uint8_t* encoded) {
-  const int planes = rounding.planes;
-  const int64_t token_bytes = token_bytes_of<Format>(planes, cols);
+static KT_INLINE bool encode_alone(const EncodeJob& job, int64_t token, uint8_t* out) {
+  const int planes = job.rounding.planes;
+  const auto encode = [&](auto codec, auto&... loss) {
+    encode_token<S, decltype(codec)>(job.x, token, job.cols, job.columns, job.rounding, out, planes,
+                                     0, loss...);
+  };
+  if constexpr (std::is_same_v<typename Format::Fine, Format>) {
+    encode(typename Format::Codec());
+    return false;
+  } else {
+    typename Format::Codec::Loss loss;
+    encode(typename Format::Codec(), loss);
+    if (!loss.known()) {
+      const float largest = largest_of<S>(job.x, token, job.cols);
+      if (!(largest >= 1e-30f && largest <= 3.4028235e38f)) return false;  // nothing to lose
+      loss = {1 / largest};
+      encode(typename Format::Codec(), loss);
+    }
+    if (!loss.much()) return false;
+    encode(typename Format::Fine::Codec());
+    return true;
+  }
+}
+
+template <class S, class Format>
+static void encode_tokens(const EncodeJob& job, ThreadPool& pool) {
+  const int64_t token_bytes = token_bytes_of<Format>(job.rounding.planes, job.cols);
   // A few microseconds a task; one token is done where it is.
-  const int64_t per_task = ceil_div(16384, cols);
+  const int64_t per_task = ceil_div(16384, job.cols), tokens = job.tokens;
   parallel_for(pool, ceil_div(tokens, per_task), [&](int64_t task, int) {
     const int64_t end = task * per_task + per_task < tokens ? task * per_task + per_task : tokens;
     for (int64_t t = task * per_task; t < end; ++t) {
-      with_codec<Format>(fine != nullptr && fine[t], [&](auto codec) {
-        encode_token<S, decltype(codec)>(x, t, cols, columns, rounding, encoded + t * token_bytes,
-                                         planes, 0);
-      });
+      const bool fine = encode_alone<S, Format>(job, t, job.encoded + t * token_bytes);
+      if (job.fine != nullptr) job.fine[t] = fine;
     }
   });
 }

@@ -20,8 +20,6 @@ static void linear(const LinearJob& job, ThreadPool& pool) {
   const int64_t block = job.layout->block_bytes(job.cols);
 
   const auto token_of = [&](int32_t i) { return job.order == nullptr ? i : job.order[i]; };
-  encode_tokens<S, Format>(pool, job.x, job.tokens, job.cols, job.columns, job.rounding, job.fine,
-                           job.tokens_encoded);
   if (job.tile_count < job.tokens) {
     gather_tiles<Format>(pool, job.tiles, job.tile_count, job.cols, planes, job.tokens_encoded,
                          job.tiles_encoded, token_of);

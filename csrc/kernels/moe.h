@@ -1,7 +1,7 @@
 // moe: out[t] = sum over the token's experts e of weight * down_e (act(gate_e x_t) * up_e x_t), each
 // matrix with its bias where it has one.
 //
-// Three passes over the pool: encode the tokens and gather them by expert; gate and up for every
+// Three passes over the pool, once the tokens are encoded: gather them by expert; gate and up for every
 // (expert, block of 32 intermediate rows), whose 32 activations are one encoded group of the next
 // matrix and go straight into its tile; down for every range of output columns, summed over the
 // experts in ascending order, so that the result depends neither on threads nor on the batch.
@@ -75,11 +75,7 @@ static void gate_up(const MoeJob& job, ThreadPool& pool) {
     encode_reordered<S, Format>(job, pool);
     for_gate = {job.in_encoded, in_token_bytes};
     for_up = {job.up_encoded, in_token_bytes};
-  } else {
-    encode_tokens<S, Format>(pool, job.x, job.tokens, hidden, nullptr, job.rounding, job.fine,
-                             job.tokens_encoded);
-  }
-  if (!job.gate_up->reordered && job.tile_count < job.pairs) {  // some tile has several tokens
+  } else if (job.tile_count < job.pairs) {  // some tile has several tokens
     gather_tiles<Format>(pool, job.tiles, job.tile_count, hidden, planes, job.tokens_encoded,
                          job.in_encoded, [&](int32_t pair) { return job.pair_token[pair]; });
   }

@@ -59,12 +59,6 @@ static constexpr auto down_of() -> void (*)(const MoeJob&, ThreadPool&) {
   if constexpr (!kHasFine<Format>) return down<Simd, Format>;
   return nullptr;
 }
-template <class Format>
-static constexpr auto mark_fine_of()
-    -> void (*)(const ConstRows&, int64_t, int64_t, uint8_t*, ThreadPool&) {
-  if constexpr (kHasFine<Format>) return Format::mark_fine;
-  return nullptr;
-}
 // Of a row of an encoded tile, whichever its tokens.
 template <class Format>
 static int64_t row_bytes_of(int64_t cols) {
@@ -73,7 +67,8 @@ static int64_t row_bytes_of(int64_t cols) {
 
 template <class Format, int kPlanes = 1>
 static constexpr FormatKernels kernels_of() {
-  return {{gate_up<Simd, Format, Int16Codec<Simd>>, gate_up<Simd, Format, FloatCodec<Simd>>,
+  return {encode_tokens<Simd, Format>,
+          {gate_up<Simd, Format, Int16Codec<Simd>>, gate_up<Simd, Format, FloatCodec<Simd>>,
            gate_up_into_bf16<Format>()},
           down_of<Format>(),
           linear<Simd, Format>,
@@ -81,7 +76,7 @@ static constexpr FormatKernels kernels_of() {
           Format::kMaxRows,
           kPlanes,
           row_bytes_of<Format>,
-          mark_fine_of<Format>()};
+          kHasFine<Format>};
 }
 
 // Integers times activations of eight bits, where these will do and byte dot products are exact; else of
