@@ -268,11 +268,8 @@ struct ByteCoded {
             add_quads<4, V, R>(sum, of_weights[1], low, high, codes, levels, x, prefetch);
           }
           if (half < kSets) {
-            KT_UNROLL
-            for (int v = 0; v < V; ++v) {
-              scale[half][v] = groups.scale(group, half, v0 + v);
-              if (groups.has_offsets()) offset[half][v] = groups.offset(group, half, v0 + v);
-            }
+            groups.template scales<V>(group, half, v0, scale[half]);
+            if (groups.has_offsets()) groups.template offsets<V>(group, half, v0, offset[half]);
           }
           add_half<S, (kSets > 0), V, R>(total, sum, scale[kSets == 2 ? half : 0],
                                          x.scales + half * R);

@@ -391,19 +391,38 @@ class Groups {
     return group_;
   }
 
-  // Of vector v of a set: the outer factor alone, and the scales and offsets of a group.
+  // Of vector v of a set, the outer factor alone.
   KT_INLINE typename S::F outer(int set, int v) const {
     return S::load(scale_[both_sets_ ? set : 0] + v * S::kLanes);
   }
+  // The scales and offsets of a group's set: of V vectors from v0 on, or of one.
+  template <int V>
+  KT_INLINE void scales(const uint8_t* group, int set, int v0, typename S::F (&to)[V]) const {
+    KT_UNROLL
+    for (int v = 0; v < V; ++v) to[v] = outer(set, v0 + v);
+    if (!layout_.inner_scales) return;
+    KT_UNROLL
+    for (int v = 0; v < V; ++v) to[v] = S::mul(to[v], S::to_f32(inner(group, set, v0 + v)));
+  }
+  template <int V>
+  KT_INLINE void offsets(const uint8_t* group, int set, int v0, typename S::F (&to)[V]) const {
+    const float* from = (layout_.offsets ? offset_ : scale_)[both_sets_ ? set : 0];
+    KT_UNROLL
+    for (int v = 0; v < V; ++v) to[v] = S::load(from + (v0 + v) * S::kLanes);
+    if (!layout_.inner_offsets) return;
+    const int at = layout_.inner_scales ? kSets + set : set;
+    KT_UNROLL
+    for (int v = 0; v < V; ++v) to[v] = S::mul(to[v], S::to_f32(inner(group, at, v0 + v)));
+  }
   KT_INLINE typename S::F scale(const uint8_t* group, int set, int v) const {
-    const typename S::F factor = outer(set, v);
-    return layout_.inner_scales ? S::mul(factor, S::to_f32(inner(group, set, v))) : factor;
+    typename S::F of_vector[1];
+    scales<1>(group, set, v, of_vector);
+    return of_vector[0];
   }
   KT_INLINE typename S::F offset(const uint8_t* group, int set, int v) const {
-    const float (*from)[kBlockRows] = layout_.offsets ? offset_ : scale_;
-    const typename S::F outer = S::load(from[both_sets_ ? set : 0] + v * S::kLanes);
-    if (!layout_.inner_offsets) return outer;
-    return S::mul(outer, S::to_f32(inner(group, layout_.inner_scales ? kSets + set : set, v)));
+    typename S::F of_vector[1];
+    offsets<1>(group, set, v, of_vector);
+    return of_vector[0];
   }
   // Of a set's inner scales or, behind them, inner offsets.
   KT_INLINE typename S::I inner(const uint8_t* group, int set, int v) const {
@@ -649,10 +668,10 @@ struct Coded {
   static KT_INLINE void add_set(const Groups<S, kSets>& groups, const uint8_t* group, int64_t g,
                                 int v0, const float* x_scale, const float* x_value,
                                 const I (&sum)[V][R], F (&acc)[V][R]) {
+    F scale[V];
+    groups.template scales<V>(group, kSet, v0, scale);
     KT_UNROLL
-    for (int v = 0; v < V; ++v) {
-      add_scaled<V, R>(groups.scale(group, kSet, v0 + v), v, g, x_scale, sum, acc);
-    }
+    for (int v = 0; v < V; ++v) add_scaled<V, R>(scale[v], v, g, x_scale, sum, acc);
     add_offsets<kSet, V, R>(groups, group, g, v0, x_value, acc);
   }
   template <int V, int R>
@@ -668,13 +687,14 @@ struct Coded {
   static KT_INLINE void add_offsets(const Groups<S, kSets>& groups, const uint8_t* group, int64_t g,
                                     int v0, const float* x_value, F (&acc)[V][R]) {
     if (!groups.has_offsets()) return;
+    F offset[V];
+    groups.template offsets<V>(group, kSet, v0, offset);
     KT_UNROLL
     for (int v = 0; v < V; ++v) {
-      const F offset = groups.offset(group, kSet, v0 + v);
       KT_UNROLL
       for (int r = 0; r < R; ++r) {
         const F x = piece_value<S, kSets, R>(x_value, g * kSets + kSet, r);
-        acc[v][r] = S::fma(offset, x, acc[v][r]);
+        acc[v][r] = S::fma(offset[v], x, acc[v][r]);
       }
     }
   }
