@@ -30,7 +30,7 @@ static float largest_of(const ConstRows& x, int64_t token, int64_t cols) {
     typename S::F v[Rows32<S>::kVectors];
     Rows32<S>::load(x, token, at, cols - at < kGroup ? cols - at : kGroup, v);
     const float here = S::absmax32(v);
-    if (!(here <= largest)) largest = here;
+    if (here > largest || here != here) largest = here;  // nothing is larger than NaN
   }
   return largest;
 }
@@ -54,8 +54,8 @@ static KT_INLINE void with_codec(bool fine, F&& f) {
   }
 }
 
-// Encodes a token on its own, and says whether it is fine: whether its numbers have to be taken more finely than
-// the format's codec takes them.
+// Encodes a token on its own, and says whether it is fine: whether its numbers have to be taken more finely
+// than the format's codec takes them.
 template <class S, class Format>
 static KT_INLINE bool encode_alone(const EncodeJob& job, int64_t token, uint8_t* out) {
   const int planes = job.rounding.planes;
