@@ -91,7 +91,7 @@ static constexpr FormatKernels coded() {
 }
 template <Accuracy kAccuracy>
 static constexpr FormatKernels int8() {
-  if constexpr (Simd::kByteDots && kAccuracy == Accuracy::int8) {
+  if constexpr (takes_bytes(8, false) && kAccuracy == Accuracy::int8) {
     return kernels_of<ByteCoded<Simd, 8, false, 0>>();
   } else {
     return kernels_of<Int8Channel<Simd>>();
