@@ -1,4 +1,4 @@
-"""The AVX-512 kernels' source, on a processor without AVX-512: csrc/avx512/emulated.h."""
+"""The AVX-512 and AMX kernels' source on a processor without these: csrc/*/emulated.h."""
 
 from __future__ import annotations
 
@@ -28,22 +28,23 @@ sys.exit(pytest.main(sys.argv[2:]))
 
 
 def _not_on_hardware() -> list[str]:
-    """The AVX-512 instruction sets that the other tests have not run for real."""
+    """The instruction sets that can be emulated and that this processor does not have."""
     isas = _native.ext.isas() if _native.ext is not None else []
-    return [i["name"] for i in isas if i["backend"] == "avx512" and not i["supported"]]
+    return [i["name"] for i in isas if i["backend"] in ("avx512", "amx") and not i["supported"]]
 
 
 @pytest.mark.skipif(_native.ext is None, reason="no native extension, so maybe no compiler")
 @pytest.mark.skipif(
-    not _not_on_hardware(), reason="this processor runs the AVX-512 kernels themselves"
+    not _not_on_hardware(), reason="this processor runs the AVX-512 and AMX kernels themselves"
 )
-def test_avx512_source_emulated(tmp_path):
+def test_source_emulated(tmp_path):
     cmake = shutil.which("cmake", path=os.path.dirname(sys.executable)) or shutil.which("cmake")
     if cmake is None:
         pytest.skip("no cmake")
+    emulated = "AVX512" if "avx512" in _not_on_hardware() else "AMX"
     options = (
         *("-S", str(ROOT / "csrc"), "-B", str(tmp_path), "-DSKBUILD=ON"),
-        *("-DCMAKE_BUILD_TYPE=Release", "-DKTCORE_EMULATE_AVX512=ON"),
+        *("-DCMAKE_BUILD_TYPE=Release", f"-DKTCORE_EMULATE_{emulated}=ON"),
         *(f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"),
     )
     build = (cmake, "--build", str(tmp_path), "--parallel", "2", "--target", "_C")

@@ -43,7 +43,9 @@ def test_the_largest_integers_do_not_overflow(variant, tokens, sign):
     weight = q6_k_extreme(40, 512)
     x = torch.full((tokens, 512), 0.7 * sign)
     want = x.double() @ weight.dequantize(torch.float32).double().T
-    torch.testing.assert_close(ops.linear(x, weight).double(), want, rtol=1e-4, atol=0)
+    rounded = inputs.rounds_to_bf16(variant.backend, "q6_k")  # all activations alike
+    rtol = 2**-9 if rounded else 1e-4
+    torch.testing.assert_close(ops.linear(x, weight).double(), want, rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize("format", ["int4_g32", "int8", "q6_k"])
@@ -57,4 +59,5 @@ def test_a_token_is_rounded_alike_whatever_its_size(variant, format, power):
     assert torch.equal(got, ops.linear(x, weight) * 2.0**power)
     want = x.double() @ weight.dequantize(torch.float32).double().T
     error = (got * 2.0**-power - want).norm(dim=1) / want.norm(dim=1)
-    assert error[::2].max() < 5e-4 and error[1::2].max() < 8e-3
+    finely = 3e-3 if inputs.rounds_to_bf16(variant.backend, format) else 5e-4
+    assert error[::2].max() < finely and error[1::2].max() < 8e-3

@@ -135,7 +135,8 @@ def test_other_types_of_routing(served, rng):
     x, ids, weights = moe_inputs(rng)
     ids[1, 0] = -1
     weights = weights.bfloat16()
-    with ktcore.use(**{"moe": registry.select(registry.Request("moe", "int4_g32")).backend}):
+    request = registry.Request("moe", "int4_g32", len(x), H, N, E, ids.shape[1])
+    with ktcore.use(**{"moe": registry.select(request).backend}):
         want, sooner = served.by(lambda: ops.moe(x, experts, ids, weights))
     assert not sooner
     ops.moe(x, experts, ids, weights)

@@ -30,6 +30,12 @@ SCORING = {"softmax": 0, "sigmoid": 1}
 CONVERTED = ("bf16", "int8", "int4_g32")  # what quantize and dequantize know
 MAX_EXPERTS = 4096  # of the route kernel's tables
 
+# The backend whose kernels multiply tiles of bf16, in formats that these are fine enough for.
+TILES = "amx"
+FINER_THAN_TILES = frozenset({"f16", "f32", "nvfp4", "nvfp4_ct"})
+# What a weight costs there to become bf16, in operations of float32 (ten instructions for 32).
+WIDENING_OPERATIONS = 10
+
 # Seconds that a call costs beside its work: crossing into the extension, waking the threads.
 CALL_SECONDS = 5e-6
 
@@ -96,17 +102,25 @@ def evidence(backend: str, rungs: dict[str, str], machine: Machine) -> str:
 
 
 def _seconds(
-    backend: str, machine: Machine, format: str, nbytes: float, operations: float
+    backend: str, machine: Machine, request: Request, weights: float, bits: float, operations: float
 ) -> float:
+    """Of a call that reads so many weights, of so many bits each."""
     threads = _native.get_num_threads()
     known = figures.load_cached(machine)
-    read = figures.read_bandwidth(known, threads) * 1e9
     isa = instruction_set(backend, machine)
-    kind = get_format(format).dot_kind
-    peak = figures.dot_peak(known, isa, kind, threads) * 1e9
-    # Integer formats multiply 16 bits, at half the rate of bytes.
-    slowdown = 1 if kind == "bf16" else 2
-    return CALL_SECONDS + max(nbytes / read, slowdown * operations / peak)
+
+    def computing(operations: float, kind: str) -> float:
+        return operations / (figures.dot_peak(known, isa, kind, threads) * 1e9)
+
+    format, kind = request.format, get_format(request.format).dot_kind
+    if backend == TILES and not request.exact and format not in FINER_THAN_TILES:
+        widening = 0 if format == "bf16" else WIDENING_OPERATIONS * weights
+        seconds = computing(widening, "f32") + computing(operations, "bf16")
+    else:
+        # Integer formats reach half of what bytes do at best.
+        seconds = computing(operations * (1 if kind == "bf16" else 2), kind)
+    reading = weights * bits / 8 / (figures.read_bandwidth(known, threads) * 1e9)
+    return CALL_SECONDS + max(reading, seconds)
 
 
 def _moe_cost(backend: str, request: Request, machine: Machine) -> float:
@@ -117,14 +131,14 @@ def _moe_cost(backend: str, request: Request, machine: Machine) -> float:
     # Experts that at least one token goes to, were they chosen evenly.
     active = experts * (1 - (1 - min(1, request.top_k / experts)) ** request.tokens)
     operations = 2 * per_expert * request.tokens * request.top_k
-    return _seconds(backend, machine, request.format, active * per_expert * bits / 8, operations)
+    return _seconds(backend, machine, request, active * per_expert, bits, operations)
 
 
 def _linear_cost(backend: str, request: Request, machine: Machine) -> float:
     # hidden_size x intermediate_size is the matrix, whatever the two mean to the caller.
     size = request.hidden_size * request.intermediate_size
-    nbytes = size * get_format(request.format).bits / 8
-    return _seconds(backend, machine, request.format, nbytes, 2 * size * request.tokens)
+    bits = get_format(request.format).bits
+    return _seconds(backend, machine, request, size, bits, 2 * size * request.tokens)
 
 
 def _on_cpu(request: Request, machine: Machine) -> str | None:

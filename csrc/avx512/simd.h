@@ -275,6 +275,20 @@ struct Simd {
     return _mm512_castsi512_ps(_mm512_and_si512(raw, _mm512_set1_epi32(-65536)));
   }
 
+  // The upper halves of floats: two bf16 a lane, cut off.
+  static KT_INLINE I upper_halves(F low, F high) {
+    return and_or(_mm512_castps_si512(high), set1_i32(-65536),
+                  _mm512_srli_epi32(_mm512_castps_si512(low), 16));
+  }
+  // 1 + b / 256 of byte N of each lane, unsigned: the upper bits of a float's mantissa.
+  template <int N>
+  static KT_INLINE F one_and_byte(I bytes) {
+    I v = bytes;
+    if constexpr (N < 2) v = _mm512_slli_epi32(bytes, 15 - 8 * N);
+    if constexpr (N >= 2) v = _mm512_srli_epi32(bytes, 8 * N - 15);
+    return _mm512_castsi512_ps(and_or(v, set1_i32(0x007f8000), set1_i32(0x3f800000)));
+  }
+
   // Byte N of each lane as e4m3: its exponent and mantissa become a float's, 120 too small, which
   // the product makes up for; subnormals as well. The codes of NaN come out as 480.
   template <int N>

@@ -105,6 +105,12 @@ const std::vector<CpuFeature>& cpu_features() {
       if (std::string(f.name).starts_with("avx512")) f.cpu = f.os = true;
     }
 #endif
+#if defined(KTCORE_EMULATE_AMX)
+    for (CpuFeature& f : found) {
+      const std::string name = f.name;
+      if (name == "amx_tile" || name == "amx_bf16" || name == "amx_int8") f.cpu = f.os = true;
+    }
+#endif
     return found;
   }();
   return features;

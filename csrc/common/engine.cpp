@@ -43,15 +43,27 @@ void with_scratch(ThreadPool& pool, Layout&& layout) {
   layout(real);
 }
 
-// Cuts rows [first, end) into tiles of at most `max` that differ by one at most.
+// Cuts [first, end) into parts of at most `max` that differ by one at most: emit(first, count).
 template <class Emit>
-void for_each_tile(int64_t first, int64_t end, int64_t max, bool fine, Emit&& emit) {
-  const int64_t count = end - first, tiles = ceil_div(count, max);
-  for (int64_t i = 0; i < tiles; ++i) {
-    const int64_t tokens = count / tiles + (i < count % tiles ? 1 : 0);
-    emit(TokenTile{static_cast<int32_t>(first), static_cast<int32_t>(tokens), fine});
-    first += tokens;
+void for_each_part(int64_t first, int64_t end, int64_t max, Emit&& emit) {
+  const int64_t count = end - first, parts = ceil_div(count, max);
+  for (int64_t i = 0; i < parts; ++i) {
+    const int64_t size = count / parts + (i < count % parts ? 1 : 0);
+    emit(first, size);
+    first += size;
   }
+}
+
+// Cuts rows into tiles of at most so many, or of `alone` if that makes one.
+struct TileSize {
+  int64_t max, alone;
+};
+template <class Emit>
+void for_each_tile(int64_t first, int64_t end, TileSize size, bool fine, Emit&& emit) {
+  const int64_t max = end - first <= size.alone ? size.alone : size.max;
+  for_each_part(first, end, max, [&](int64_t at, int64_t count) {
+    emit(TokenTile{static_cast<int32_t>(at), static_cast<int32_t>(count), fine});
+  });
 }
 
 const float* row_of(const float* matrix, int64_t row, int64_t columns) {
@@ -131,7 +143,10 @@ void moe(const KernelTable& table, const MoeArgs& args) {
   const int64_t in_token_bytes = planes * gate_up.row_bytes(job.hidden_size);
   const int64_t mid_token_bytes = mid_planes * down.row_bytes(job.intermediate_size);
   // Both halves use the same tiles.
-  const int64_t tile_tokens = std::min(gate_up.max_rows / planes, down.max_rows / mid_planes);
+  const TileSize tile_size{
+      std::min(gate_up.max_rows / planes, down.max_rows / mid_planes),
+      std::min(gate_up.max_rows_alone / planes, down.max_rows_alone / mid_planes)};
+  const int32_t portion_tiles = std::min(gate_up.max_tiles, down.max_tiles);
 
   // Pairs are sorted by kind: twice their expert's number, and one more if their token is fine.
   const int64_t kinds = 2 * experts.num_experts;
@@ -140,6 +155,7 @@ void moe(const KernelTable& table, const MoeArgs& args) {
   float* pair_weight;
   ActiveExpert* active;
   TokenTile* tiles;
+  Portion* portions;
   with_scratch(*pool, [&](Arena& arena) {
     arena.take(fine, gate_up.marks_fine ? args.tokens : 0);
     arena.take(begin, kinds + 1);
@@ -148,6 +164,7 @@ void moe(const KernelTable& table, const MoeArgs& args) {
     arena.take(pair_weight, slots);
     arena.take(active, std::min(slots, experts.num_experts));
     arena.take(tiles, slots);
+    arena.take(portions, slots);
     arena.take(encoded, args.tokens * in_token_bytes);
     arena.take(job.in_encoded, slots * in_token_bytes);
     arena.take(job.up_encoded, experts.gate_up_layout.reordered ? slots * in_token_bytes : 0);
@@ -201,11 +218,17 @@ void moe(const KernelTable& table, const MoeArgs& args) {
     expert.gate_bias = row_of(args.gate_bias, e, experts.intermediate_size);
     expert.up_bias = row_of(args.up_bias, e, experts.intermediate_size);
     expert.down_bias = row_of(args.down_bias, e, experts.hidden_size);
-    const auto emit = [&](TokenTile tile) { tiles[tile_count++] = tile; };
     expert.tile_begin = tile_count;
-    for_each_tile(first, middle, tile_tokens, false, emit);
-    expert.fine_begin = tile_count;
-    for_each_tile(middle, end, tile_tokens, true, emit);
+    const auto cut = [&](int64_t from, int64_t to, bool fine) {
+      const int32_t begin = tile_count;
+      for_each_tile(from, to, tile_size, fine, [&](TokenTile tile) { tiles[tile_count++] = tile; });
+      for_each_part(begin, tile_count, portion_tiles, [&](int64_t at, int64_t count) {
+        portions[job.portions++] = {active_count - 1, static_cast<int32_t>(at),
+                                    static_cast<int32_t>(count)};
+      });
+    };
+    cut(first, middle, false);
+    cut(middle, end, true);
     expert.tile_end = tile_count;
   }
   job.pairs = begin[kinds];
@@ -215,6 +238,7 @@ void moe(const KernelTable& table, const MoeArgs& args) {
   job.expert = active;
   job.tiles = tiles;
   job.tile_count = tile_count;
+  job.portion = portions;
   const int64_t rows = active_count == 0 ? 0 : job.pairs / active_count;
   job.gate_up_prefetch = prefetch(experts.gate_up_layout, rows);
   job.down_prefetch = prefetch(experts.down_layout, rows);
@@ -262,10 +286,11 @@ void linear(const KernelTable& table, const LinearArgs& args) {
     for (int64_t t = 0; t < args.tokens; ++t) order[next[fine[t]]++] = static_cast<int32_t>(t);
     job.order = order;
   }
-  const int64_t tile_tokens = kernels.max_rows / job.rounding.planes;
+  const TileSize tile_size{kernels.max_rows / job.rounding.planes,
+                           kernels.max_rows_alone / job.rounding.planes};
   const auto emit = [&](TokenTile tile) { tiles[job.tile_count++] = tile; };
-  for_each_tile(0, plain, tile_tokens, false, emit);
-  for_each_tile(plain, args.tokens, tile_tokens, true, emit);
+  for_each_tile(0, plain, tile_size, false, emit);
+  for_each_tile(plain, args.tokens, tile_size, true, emit);
   job.tiles = tiles;
   kernels.linear(job, *pool);
 }

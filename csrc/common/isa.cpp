@@ -16,6 +16,7 @@ KTCORE_DECLARE(avx2_vnni)
 KTCORE_DECLARE(avx512)
 KTCORE_DECLARE(avx512_vnni)
 KTCORE_DECLARE(avx512_bf16)
+KTCORE_DECLARE(amx)
 #endif
 
 const std::vector<Isa>& isas() {
@@ -32,6 +33,11 @@ const std::vector<Isa>& isas() {
        "avx512",
        {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512vbmi"},
        &avx512_bf16::table},
+      {"amx",
+       "amx",
+       {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512vbmi",
+        "amx_tile", "amx_bf16", "amx_int8"},
+       &amx::table},
 #endif
   };
   return all;

@@ -21,7 +21,13 @@ struct ActiveExpert {
   const float *gate_bias, *up_bias, *down_bias;  // each may be null
   // [hidden_size] and [intermediate_size], null unless the layout is reordered.
   const int32_t *gate_columns, *up_columns, *down_columns;
-  int32_t tile_begin, fine_begin, tile_end;  // its tiles, and those of them that are fine
+  int32_t tile_begin, tile_end;  // its tiles
+};
+
+// Some of an expert's tiles, all fine or none, that go through a block together.
+struct Portion {
+  int32_t expert;        // among the active ones
+  int32_t first, count;  // tiles
 };
 
 // How far ahead of its loads a thread asks for the weights of few tokens, in bytes, for either cache;
@@ -63,6 +69,8 @@ struct MoeJob {
   const ActiveExpert* expert;
   const TokenTile* tiles;
   int64_t tile_count;
+  const Portion* portion;
+  int64_t portions;
   Activation activation;
   Rounding rounding, mid_rounding;  // for gate and up, and for down
   const uint8_t* tokens_encoded;    // unless the layout is reordered
@@ -196,7 +204,7 @@ struct QuantizeJob {
 };
 
 // What the activations of `down` are rounded to; an index into FormatKernels::gate_up.
-enum class Encoding : int { int16 = 0, f32 = 1, bf16 = 2 };
+enum class Encoding : int { int16 = 0, f32 = 1, bf16 = 2, tiles = 3 };
 
 // How one weight format is computed on one instruction set.
 struct FormatKernels {
@@ -204,12 +212,14 @@ struct FormatKernels {
   void (*encode)(const EncodeJob&, ThreadPool&);
   // The two halves of `moe`; gate and up leave their result in down's encoding. Null for one that
   // the instruction set does not use.
-  void (*gate_up[3])(const MoeJob&, ThreadPool&);
+  void (*gate_up[4])(const MoeJob&, ThreadPool&);
   void (*down)(const MoeJob&,
                ThreadPool&);  // null: another accuracy's takes what gate and up leave
   void (*linear)(const LinearJob&, ThreadPool&);
-  Encoding encoding;  // not of bytes, which `down` does not take
-  int max_rows;       // rows of the largest tile; a token takes `planes` rows
+  Encoding encoding;   // not of bytes, which `down` does not take
+  int max_rows;        // rows of the largest tile; a token takes `planes` rows
+  int max_rows_alone;  // of one that is an expert's, or a call's, only one
+  int max_tiles;       // of a portion
   int planes;
   // Bytes of one row of an encoded tile with `cols` columns.
   int64_t (*row_bytes)(int64_t cols);

@@ -1051,7 +1051,15 @@ static constexpr int kProductRows = 512;
 
 template <class Format>
 static constexpr int tiles_at_once() {
+  if constexpr (requires { Format::kTilesAtOnce; }) return Format::kTilesAtOnce;
   return kProductRows / Format::kMaxRows;
+}
+
+// The most rows of a tile that is an expert's only one.
+template <class Format>
+static constexpr int max_rows_alone() {
+  if constexpr (requires { Format::kMaxRowsAlone; }) return Format::kMaxRowsAlone;
+  return Format::kMaxRows;
 }
 
 // Where the encoded activations of tiles are: those of one token in `tokens`, by the token's number,
@@ -1085,7 +1093,7 @@ KT_NOINLINE static void multiply(const WeightLayout& layout, const uint8_t* bloc
   }
   // Calls f(i, range, ahead) for every tile i, and that for one range of columns after the other. What the
   // next range, or the next block, is made of comes from memory meanwhile: a part of it with each tile.
-  const auto each = [&](int64_t step, auto&& begin, auto&& f) {
+  [[maybe_unused]] const auto each = [&](int64_t step, auto&& begin, auto&& f) {
     const int64_t every = prefetch.panel_step;
     const int64_t lines = every * ceil_div(ceil_div(layout.group_bytes(), 64 * every), count);
     for (int64_t first = 0; first < groups; first += step) {
@@ -1097,35 +1105,40 @@ KT_NOINLINE static void multiply(const WeightLayout& layout, const uint8_t* bloc
       }
     }
   };
-  const auto directly = [&] {
-    const auto dot = [&](int i, Range range, const Ahead<S>& ahead) {
-      dot_block<S, Format>(layout, tiles[i].tokens * planes, block, range, encoded(tiles[i]),
-                           place(tiles[i]), prefetch, ahead);
-    };
-    // Several tiles find a range in the cache that the first has brought there; one asks for what is soon
-    // needed, line by line.
-    if (count > 1) return each(kDirectGroups, [](Range) {}, dot);
-    // Where the sums of a tile of three rows and more do not fit in registers, it goes through the weights
-    // more than once: a range at a time, which stays in the first-level cache, or each pass would read memory.
-    constexpr bool kFits = kBlockRows / S::kLanes <= 2;
-    const int64_t step = kFits || tiles[0].tokens * planes <= 2 ? groups : kPanelGroups;
-    for (int64_t first = 0; first < groups; first += step) {
-      const int64_t left = groups - first;
-      dot(0, {first, left < step ? left : step, groups}, Ahead<S>{block, 0, 1});
-    }
-  };
-  if constexpr (Format::kDirectTiles == std::numeric_limits<int>::max()) {
-    directly();
-  } else if (count <= Format::kDirectTiles || last.tokens * planes <= Format::kDirectRows) {
-    directly();  // small tiles may not be encoded for a panel; more than two tiles have more rows anyhow
+  if constexpr (requires { Format::kTiles; }) {
+    Format::template multiply<Format>(layout, block, groups, tiles, count, encoded, prefetch,
+                                      place);
   } else {
-    typename Format::Panel panel;
-    each(
-        Format::Panel::kGroups, [&](Range range) { Format::expand(layout, block, range, panel); },
-        [&](int i, Range range, const Ahead<S>& ahead) {
-          dot_panel<S, Format>(tiles[i].tokens * planes, panel, range, encoded(tiles[i]),
-                               place(tiles[i]), ahead);
-        });
+    const auto directly = [&] {
+      const auto dot = [&](int i, Range range, const Ahead<S>& ahead) {
+        dot_block<S, Format>(layout, tiles[i].tokens * planes, block, range, encoded(tiles[i]),
+                             place(tiles[i]), prefetch, ahead);
+      };
+      // Several tiles find a range in the cache that the first has brought there; one asks for what is soon
+      // needed, line by line.
+      if (count > 1) return each(kDirectGroups, [](Range) {}, dot);
+      // Where the sums of a tile of three rows and more do not fit in registers, it goes through the weights
+      // more than once: a range at a time, which stays in the first-level cache, or each pass would read memory.
+      constexpr bool kFits = kBlockRows / S::kLanes <= 2;
+      const int64_t step = kFits || tiles[0].tokens * planes <= 2 ? groups : kPanelGroups;
+      for (int64_t first = 0; first < groups; first += step) {
+        const int64_t left = groups - first;
+        dot(0, {first, left < step ? left : step, groups}, Ahead<S>{block, 0, 1});
+      }
+    };
+    if constexpr (Format::kDirectTiles == std::numeric_limits<int>::max()) {
+      directly();
+    } else if (count <= Format::kDirectTiles || last.tokens * planes <= Format::kDirectRows) {
+      directly();  // small tiles may not be encoded for a panel; more than two tiles have more rows anyhow
+    } else {
+      typename Format::Panel panel;
+      each(
+          Format::Panel::kGroups, [&](Range range) { Format::expand(layout, block, range, panel); },
+          [&](int i, Range range, const Ahead<S>& ahead) {
+            dot_panel<S, Format>(tiles[i].tokens * planes, panel, range, encoded(tiles[i]),
+                                 place(tiles[i]), ahead);
+          });
+    }
   }
   Format::finish(block, groups, out, rows);
   if (planes == 1) return;

@@ -9,15 +9,6 @@
 
 namespace ktcore::KTCORE_ISA {
 
-// Calls f(tiles, count) for an expert's tiles [begin, end), tiles_at_once() at a time.
-template <class Format, class F>
-static KT_INLINE void for_tiles(const MoeJob& job, int32_t begin, int32_t end, F&& f) {
-  for (int32_t i = begin; i < end; i += tiles_at_once<Format>()) {
-    const int32_t left = end - i;
-    f(job.tiles + i, left < tiles_at_once<Format>() ? left : tiles_at_once<Format>());
-  }
-}
-
 // The biases of a block of rows; zeros without any. `listed`: which rows these are, null for those in
 // their place.
 template <class S>
@@ -80,15 +71,19 @@ static void gate_up(const MoeJob& job, ThreadPool& pool) {
                          job.in_encoded, [&](int32_t pair) { return job.pair_token[pair]; });
   }
 
-  // Run after run of blocks, so that each node's threads begin with what lies in its memory.
+  // Run after run of blocks, so that each node's threads begin with what lies in its memory; portion after portion,
+  // so that the next blocks find the activations in a cache.
   const int64_t up_step = blocks_per_task(2 * in_block);
   const auto tasks_of = [&](const BlockRun& run) { return ceil_div(run.end - run.first, up_step); };
   int64_t tasks = 0;
-  for (int64_t i = 0; i < job.runs; ++i) tasks += job.experts * tasks_of(job.gate_up_runs[i]);
+  for (int64_t i = 0; i < job.runs; ++i) tasks += job.portions * tasks_of(job.gate_up_runs[i]);
   parallel_for(pool, tasks, [&](int64_t task, int) {
     const BlockRun* run = job.gate_up_runs;
-    for (; task >= job.experts * tasks_of(*run); ++run) task -= job.experts * tasks_of(*run);
-    const ActiveExpert& expert = job.expert[task / tasks_of(*run)];
+    for (; task >= job.portions * tasks_of(*run); ++run) task -= job.portions * tasks_of(*run);
+    const Portion& portion = job.portion[task / tasks_of(*run)];
+    const ActiveExpert& expert = job.expert[portion.expert];
+    const TokenTile* tiles = job.tiles + portion.first;
+    const int count = portion.count;
     const int64_t begin = run->first + task % tasks_of(*run) * up_step;
     const int64_t end = begin + up_step < run->end ? begin + up_step : run->end;
     alignas(64) float gate[kProductRows * kBlockRows];
@@ -98,28 +93,24 @@ static void gate_up(const MoeJob& job, ThreadPool& pool) {
       typename S::F gate_bias[Rows32<S>::kVectors], up_bias[Rows32<S>::kVectors];
       load_bias<S>(expert.gate_bias, expert.down_columns, b, intermediate, gate_bias);
       load_bias<S>(expert.up_bias, expert.down_columns, b, intermediate, up_bias);
-      const auto both = [&](const TokenTile* tiles, int count) {
-        multiply_alike<S, Format>(tiles->fine, *job.gate_up, weights, hidden_groups, tiles, count,
-                                  planes, for_gate, gate, job.gate_up_prefetch);
-        multiply_alike<S, Format>(tiles->fine, *job.gate_up, weights + in_block, hidden_groups,
-                                  tiles, count, planes, for_up, up, job.gate_up_prefetch);
-        for (int i = 0; i < count; ++i) {
-          const int64_t place = (tiles[i].first - tiles[0].first) * planes * kBlockRows;
-          uint8_t* mid = job.mid_encoded + tiles[i].first * mid_token_bytes;
-          for (int32_t t = 0; t < tiles[i].tokens; ++t) {
-            typename S::F h[Rows32<S>::kVectors];
-            for (int v = 0; v < Rows32<S>::kVectors; ++v) {
-              const int64_t at = place + t * kBlockRows + v * S::kLanes;
-              h[v] = activate<S>(job.activation, S::add(S::load(gate + at), gate_bias[v]),
-                                 S::add(S::load(up + at), up_bias[v]));
-            }
-            MidCodec::encode(h, intermediate - b * kBlockRows, job.mid_rounding, mid,
-                             tiles[i].tokens * mid_planes, t * mid_planes, b, mid_groups);
+      multiply_alike<S, Format>(tiles->fine, *job.gate_up, weights, hidden_groups, tiles, count,
+                                planes, for_gate, gate, job.gate_up_prefetch);
+      multiply_alike<S, Format>(tiles->fine, *job.gate_up, weights + in_block, hidden_groups, tiles,
+                                count, planes, for_up, up, job.gate_up_prefetch);
+      for (int i = 0; i < count; ++i) {
+        const int64_t place = (tiles[i].first - tiles[0].first) * planes * kBlockRows;
+        uint8_t* mid = job.mid_encoded + tiles[i].first * mid_token_bytes;
+        for (int32_t t = 0; t < tiles[i].tokens; ++t) {
+          typename S::F h[Rows32<S>::kVectors];
+          for (int v = 0; v < Rows32<S>::kVectors; ++v) {
+            const int64_t at = place + t * kBlockRows + v * S::kLanes;
+            h[v] = activate<S>(job.activation, S::add(S::load(gate + at), gate_bias[v]),
+                               S::add(S::load(up + at), up_bias[v]));
           }
+          MidCodec::encode(h, intermediate - b * kBlockRows, job.mid_rounding, mid,
+                           tiles[i].tokens * mid_planes, t * mid_planes, b, mid_groups);
         }
-      };
-      for_tiles<Format>(job, expert.tile_begin, expert.fine_begin, both);
-      for_tiles<Format>(job, expert.fine_begin, expert.tile_end, both);
+      }
     }
   });
 }
@@ -148,33 +139,29 @@ static void down(const MoeJob& job, ThreadPool& pool) {
     for (int64_t t = 0; t < job.tokens; ++t) {
       std::memset(sum + t * sum_stride, 0, static_cast<size_t>(width) * sizeof(float));
     }
-    for (int64_t e = 0; e < job.experts; ++e) {
-      const ActiveExpert& expert = job.expert[e];
-      const auto add = [&](const TokenTile* tiles, int count) {
-        for (int64_t b = begin; b < end; ++b) {
-          multiply<S, Format>(*job.down,
-                              run_of(job.down_runs, b).block(expert.number, b, mid_block),
-                              mid_groups, tiles, count, planes, encoded, c, job.down_prefetch);
-          typename S::F bias[Rows32<S>::kVectors];
-          load_bias<S>(expert.down_bias, nullptr, b, hidden, bias);
-          for (int i = 0; i < count; ++i) {
-            const float* from = c + (tiles[i].first - tiles[0].first) * planes * kBlockRows;
-            for (int32_t t = 0; t < tiles[i].tokens; ++t, from += kBlockRows) {
-              const int32_t pair = tiles[i].first + t;
-              const typename S::F weight = S::set1(job.pair_weight[pair]);
-              float* to = sum + job.pair_token[pair] * sum_stride + (b - begin) * kBlockRows;
-              for (int k = 0; k < Rows32<S>::kVectors; ++k) {
-                const int v = k * S::kLanes;
-                const typename S::F y = S::add(S::load(from + v), bias[k]);
-                S::store(to + v, S::fma(y, weight, S::load(to + v)));
-              }
+    for (int64_t p = 0; p < job.portions; ++p) {
+      const ActiveExpert& expert = job.expert[job.portion[p].expert];
+      const TokenTile* tiles = job.tiles + job.portion[p].first;
+      const int count = job.portion[p].count;
+      for (int64_t b = begin; b < end; ++b) {
+        multiply<S, Format>(*job.down, run_of(job.down_runs, b).block(expert.number, b, mid_block),
+                            mid_groups, tiles, count, planes, encoded, c, job.down_prefetch);
+        typename S::F bias[Rows32<S>::kVectors];
+        load_bias<S>(expert.down_bias, nullptr, b, hidden, bias);
+        for (int i = 0; i < count; ++i) {
+          const float* from = c + (tiles[i].first - tiles[0].first) * planes * kBlockRows;
+          for (int32_t t = 0; t < tiles[i].tokens; ++t, from += kBlockRows) {
+            const int32_t pair = tiles[i].first + t;
+            const typename S::F weight = S::set1(job.pair_weight[pair]);
+            float* to = sum + job.pair_token[pair] * sum_stride + (b - begin) * kBlockRows;
+            for (int k = 0; k < Rows32<S>::kVectors; ++k) {
+              const int v = k * S::kLanes;
+              const typename S::F y = S::add(S::load(from + v), bias[k]);
+              S::store(to + v, S::fma(y, weight, S::load(to + v)));
             }
           }
         }
-      };
-      // (Apart, as the tiles of one product differ by one token at most.)
-      for_tiles<Format>(job, expert.tile_begin, expert.fine_begin, add);
-      for_tiles<Format>(job, expert.fine_begin, expert.tile_end, add);
+      }
     }
     for (int64_t t = 0; t < job.tokens; ++t) {
       for (int64_t b = begin; b < end; ++b) {

@@ -18,6 +18,9 @@
 #include "kernels/encode.h"
 #include "kernels/formats.h"
 #include "kernels/bytes.h"
+#if defined(KTCORE_TILES)
+#include "kernels/tiles.h"
+#endif
 #include "kernels/encode_tiles.h"
 #include "kernels/moe.h"
 #include "kernels/linear.h"
@@ -37,6 +40,9 @@ template <class Codec>
 static constexpr Encoding encoding_of() {
   if constexpr (std::is_same_v<Codec, Int16Codec<Simd>>) return Encoding::int16;
   if constexpr (std::is_same_v<Codec, FloatCodec<Simd>>) return Encoding::f32;
+#if defined(KTCORE_TILES)
+  if constexpr (std::is_same_v<Codec, TileCodec<Simd>>) return Encoding::tiles;
+#endif
   return Encoding::bf16;
 }
 
@@ -49,6 +55,16 @@ template <class Format>
 static constexpr auto gate_up_into_bf16() -> void (*)(const MoeJob&, ThreadPool&) {
   if constexpr (Simd::kBf16Dot) return gate_up<Simd, Format, Bf16Codec<Simd>>;
   return nullptr;
+}
+
+// The same for tiles, which are what bf16 otherwise comes in.
+template <class Format>
+static constexpr auto gate_up_into_tiles() -> void (*)(const MoeJob&, ThreadPool&) {
+#if defined(KTCORE_TILES)
+  return gate_up<Simd, Format, TileCodec<Simd>>;
+#else
+  return nullptr;
+#endif
 }
 
 template <class Format>
@@ -69,11 +85,13 @@ template <class Format, int kPlanes = 1>
 static constexpr FormatKernels kernels_of() {
   return {encode_tokens<Simd, Format>,
           {gate_up<Simd, Format, Int16Codec<Simd>>, gate_up<Simd, Format, FloatCodec<Simd>>,
-           gate_up_into_bf16<Format>()},
+           gate_up_into_bf16<Format>(), gate_up_into_tiles<Format>()},
           down_of<Format>(),
           linear<Simd, Format>,
           encoding_of<typename Format::Codec>(),
           Format::kMaxRows,
+          max_rows_alone<Format>(),
+          tiles_at_once<Format>(),
           kPlanes,
           row_bytes_of<Format>,
           kHasFine<Format>};
@@ -112,11 +130,42 @@ static constexpr AllFormats all_formats() {
            coded<kAccuracy, 8, false, 1>(), coded<kAccuracy, 8, false, 2>(),
            coded<kAccuracy, 4, true, 1>(), coded<kAccuracy, 4, true, 2>()}};
 }
+#if defined(KTCORE_TILES)
+template <class Format>
+static constexpr FormatKernels tiled() {
+  FormatKernels kernels = kernels_of<Format>();
+  kernels.gate_up[static_cast<int>(Encoding::bf16)] = nullptr;  // no `down` takes that beside tiles
+  return kernels;
+}
+// Where results need not be exact; bf16 has no room for float16's numbers, or for the scales of NVFP4.
+template <Accuracy kAccuracy>
+static constexpr AllFormats most_in_tiles() {
+  return {{tiled<TileBf16<Simd>>(), kernels_of<Floats<Simd, FromF16<Simd>>>(),
+           kernels_of<Floats<Simd, FromF32<Simd>>>(), tiled<TileF8<Simd>>(),
+           tiled<TileCoded<Simd, 8, false, 0>>(), tiled<TileCoded<Simd, 2, false, 1>>(),
+           tiled<TileCoded<Simd, 2, false, 2>>(), tiled<TileCoded<Simd, 3, false, 1>>(),
+           tiled<TileCoded<Simd, 3, false, 2>>(), tiled<TileCoded<Simd, 4, false, 1>>(),
+           tiled<TileCoded<Simd, 4, false, 2>>(), tiled<TileCoded<Simd, 5, false, 1>>(),
+           tiled<TileCoded<Simd, 5, false, 2>>(), tiled<TileCoded<Simd, 6, false, 1>>(),
+           tiled<TileCoded<Simd, 6, false, 2>>(), tiled<TileCoded<Simd, 8, false, 1>>(),
+           tiled<TileCoded<Simd, 8, false, 2>>(), tiled<TileCoded<Simd, 4, true, 1>>(),
+           coded<kAccuracy, 4, true, 2>()}};
+}
+static constexpr AllFormats kBf16 = most_in_tiles<Accuracy::bf16>();
+static constexpr AllFormats kInt8 = most_in_tiles<Accuracy::int8>();
+static double spin_bytes(int64_t iterations) { return spin_tiles_int8(iterations); }
+static double spin_pairs(int64_t iterations) { return spin_tiles_bf16(iterations); }
+#else
+static constexpr AllFormats kBf16 = all_formats<Accuracy::bf16>();
+static constexpr AllFormats kInt8 = all_formats<Accuracy::int8>();
+static double spin_bytes(int64_t iterations) { return spin_int8<Simd>(iterations); }
+static double spin_pairs(int64_t iterations) { return spin_bf16<Simd>(iterations); }
+#endif
 
 extern const KernelTable table;
 const KernelTable table = {
     KTCORE_STRING(KTCORE_ISA),
-    {all_formats<Accuracy::exact>(), all_formats<Accuracy::bf16>(), all_formats<Accuracy::int8>()},
+    {all_formats<Accuracy::exact>(), kBf16, kInt8},
     route<Simd>,
     rms_norm<Simd>,
     rotary<Simd>,
@@ -124,8 +173,8 @@ const KernelTable table = {
     attention<Simd>,
     dequantize<Simd>,
     quantize<Simd>,
-    spin_int8<Simd>,
-    spin_bf16<Simd>,
+    spin_bytes,
+    spin_pairs,
     spin_f32<Simd>,
     read<Simd>,
 };

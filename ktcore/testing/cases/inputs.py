@@ -8,6 +8,7 @@ import zlib
 import torch
 from torch import Tensor
 
+from ktcore.backends.native.operators import FINER_THAN_TILES, TILES
 from ktcore.dispatch import probe, registry
 from ktcore.formats import Format, get_format
 from ktcore.weights import ExpertWeights, QuantTensor
@@ -228,8 +229,8 @@ def shut_experts(format: str, hidden_size: int, intermediate_size: int) -> Exper
 
 def rounds_to_bf16(backend: str, format: str | Format = "bf16") -> bool:
     """Whether a backend's `moe` multiplies a format's weights by activations rounded to bf16."""
-    if get_format(format).name not in ("bf16", "fp8_e4m3", "fp8_e4m3_b128", "mxfp8"):
-        return False
-    machine = probe.machine()
-    details = (i.detail(machine) for i in registry.implementations(backend) if i.op == "moe")
-    return any("bf16" in detail for detail in details)
+    name, machine = get_format(format).name, probe.machine()
+    details = [i.detail(machine) for i in registry.implementations(backend) if i.op == "moe"]
+    if TILES in details:
+        return name not in FINER_THAN_TILES
+    return name in ("bf16", "fp8_e4m3", "fp8_e4m3_b128", "mxfp8") and "avx512_bf16" in details

@@ -80,7 +80,7 @@ class MoeCase:
         if ("outlier" in self.x or few) and inputs.rounds_to_bf16(backend, format):
             # Errors of many columns add in squares, those of few need not: x and h are up to 2^-9
             # off, and x is in gate and up. (Of an outlier, these are that one column's.)
-            return 3 * 2**-9
+            return max(format.tolerance, 3 * 2**-9)
         return format.tolerance
 
 
