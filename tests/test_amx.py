@@ -35,7 +35,7 @@ def test_formats_finer_than_bf16_are_multiplied_without_tiles(format, rng):
 
 @pytest.mark.parametrize("format", ["bf16", "int4_g32", "fp8_e4m3"])
 def test_tile_registers_of_others_stay_as_they_were(format, rng):
-    """torch multiplies bf16 with tiles too, on the same thread, and remembers how it set them up."""
+    """torch multiplies bf16 with tiles too, on this thread, and remembers how it set them up."""
     weight = inputs.matrix(format, 96, 256)
     a, b = (torch.randn(64, 64, generator=rng).bfloat16() for _ in range(2))
     x = torch.randn(70, 256, generator=rng)
