@@ -330,7 +330,7 @@ def cells_of(entry: Entry | None) -> list[str]:
     ]
 
 
-TITLES = {"avx2": "AVX2", "avx512": "AVX-512", "amx": "AMX"}
+TITLES = {"avx2": "AVX2", "avx512": "AVX-512"}
 
 
 def groups_of(files: dict[str, Results]) -> list[tuple[str, dict[str, Entry]]]:

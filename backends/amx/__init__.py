@@ -40,7 +40,7 @@ def _evidence(machine: Machine) -> str:
 BACKEND = Backend(
     name="amx",
     description="x86 processors with AMX (tiles of bf16) beside AVX-512: many tokens at a time",
-    rank=40,
+    rank=25,  # where tiles do not matter, its kernels are those of avx512
     missing=_missing,
     implementations=_implementations,
     self_check=_self_check,

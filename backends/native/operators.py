@@ -33,6 +33,7 @@ MAX_EXPERTS = 4096  # of the route kernel's tables
 # The backend whose kernels multiply tiles of bf16, in formats that these are fine enough for.
 TILES = "amx"
 FINER_THAN_TILES = frozenset({"f16", "f32", "nvfp4", "nvfp4_ct"})
+WITHOUT_TILES = "avx512_vnni"  # whose peaks its other kernels have
 # What a weight costs there to become bf16, in operations of float32 (ten instructions for 32).
 WIDENING_OPERATIONS = 10
 
@@ -113,7 +114,9 @@ def _seconds(
         return operations / (figures.dot_peak(known, isa, kind, threads) * 1e9)
 
     format, kind = request.format, get_format(request.format).dot_kind
-    if backend == TILES and not request.exact and format not in FINER_THAN_TILES:
+    if isa == TILES and (request.exact or format in FINER_THAN_TILES):
+        isa = WITHOUT_TILES
+    if isa == TILES:
         widening = 0 if format == "bf16" else WIDENING_OPERATIONS * weights
         seconds = computing(widening, "f32") + computing(operations, "bf16")
     else:

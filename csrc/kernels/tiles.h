@@ -90,11 +90,11 @@ class TileSums {
     each(one);
   }
   // Adds `count` groups from number `g` of the block on.
-  KT_INLINE void add(int64_t g, int64_t count, const uint8_t* w) const {
+  KT_INLINE void add(int64_t g, int64_t count, const uint8_t* w, Ahead<S>& ahead) const {
     const uint8_t* x = x_ + g * rows_ * kRow;
-    if (tiles_ == 1) return add_tiles<1>(x, count, w);
-    if (tiles_ == 2) return add_tiles<2>(x, count, w);
-    add_tiles<3>(x, count, w);
+    if (tiles_ == 1) return add_tiles<1>(x, count, w, ahead);
+    if (tiles_ == 2) return add_tiles<2>(x, count, w, ahead);
+    add_tiles<3>(x, count, w, ahead);
   }
   KT_INLINE void end() const { store(out_); }
   // The same, times scales: added to what `out` holds, if this continues that.
@@ -135,9 +135,11 @@ class TileSums {
     });
   }
   template <int kTiles>
-  KT_INLINE void add_tiles(const uint8_t* x, int64_t count, const uint8_t* w) const {
+  KT_INLINE void add_tiles(const uint8_t* x, int64_t count, const uint8_t* w,
+                           Ahead<S>& ahead) const {
     const int64_t second = first_row(1) * kRow, third = first_row(2) * kRow;
     for (; count > 0; --count, x += rows_ * kRow, w += TilePanel<S>::kGroupBytes) {
+      ahead.step();
       if constexpr (kTiles <= 2) {
         Tiles::load<6>(w, kUnitBytes);
         Tiles::load<4>(x, kRow);
@@ -173,8 +175,8 @@ class TileSums {
   float* out_;
 };
 
-// What all formats for tiles have in common. widen(layout, block, range, panel, prefetch, done) makes groups of a
-// block bf16 and calls done(g) after each of them.
+// What all formats for tiles have in common. widen<kAsk>(layout, block, range, panel, prefetch, done) makes groups of
+// a block bf16 and calls done(g) after each of them; if kAsk, it asks for what will be read later.
 template <class S>
 struct TileFormat {
   using Codec = TileCodec<S>;
@@ -183,6 +185,7 @@ struct TileFormat {
   // Of 2048 columns, 1 MiB: they come from the second-level cache for every panel.
   static constexpr int kTilesAtOnce = 8;
   static constexpr bool kOverwrites = true, kTiles = true;
+  static constexpr bool kPacked = false;  // whether packed weights are what a panel would hold
   static KT_INLINE void finish(const uint8_t*, int64_t, float*, int64_t) {}
 
   // One block times tiles of rows: see multiply (formats.h).
@@ -196,29 +199,37 @@ struct TileFormat {
       // Sums stay in tiles from one end of the block to the other; a group is widened while the one before is
       // multiplied.
       const TileSums<S> sums(registers, tiles[0].tokens, encoded(tiles[0]), place(tiles[0]));
+      Ahead<S> nothing{block, 0, 1};
       const auto add = [&](int64_t g) {
-        sums.add(g, 1, panel.group(g));
+        sums.add(g, 1, panel.group(g), nothing);
         if (!panel.scaled || ((g + 1) % panel.piece_groups != 0 && g + 1 != groups)) return;
         sums.end_scaled(panel.scale(g), g >= panel.piece_groups);
         sums.begin(false);
       };
       sums.begin(false);
-      Format::widen(layout, block, {0, groups, groups}, panel, prefetch, [&](int64_t g) {
-        if (g > 0) add(g - 1);
-      });
+      Format::template widen<true>(layout, block, {0, groups, groups}, panel, prefetch,
+                                   [&](int64_t g) {
+                                     if (g > 0) add(g - 1);
+                                   });
       add(groups - 1);
       if (!panel.scaled) sums.end();
       return;
     }
-    const int64_t step = TilePanel<S>::groups_for(count);
+    const int64_t step = TilePanel<S>::groups_for(count), every = prefetch.panel_step;
+    // What is widened is asked for meanwhile, as with one tile; bf16 with every product, as there is much of it.
+    constexpr bool kPacked = Format::kPacked;
+    const int64_t lines =
+        kPacked ? every * ceil_div(ceil_div(layout.group_bytes(), 64 * every), count) : 0;
     for (int64_t first = 0; first < groups; first += step) {
       const Range range{first, groups - first < step ? groups - first : step, groups};
-      Format::widen(layout, block, range, panel, prefetch, [](int64_t) {});
+      const uint8_t* next = block + layout.group_at(first + step);
+      Format::template widen<!kPacked>(layout, block, range, panel, prefetch, [](int64_t) {});
       for (int i = 0; i < count; ++i) {
         const TileSums<S> sums(registers, tiles[i].tokens, encoded(tiles[i]), place(tiles[i]));
+        Ahead<S> ahead{next + i * step * lines * 64, lines, every};
         if (!panel.scaled) {
           sums.begin(first > 0);
-          sums.add(first, range.count, panel.group(first));
+          sums.add(first, range.count, panel.group(first), ahead);
           sums.end();
           continue;
         }
@@ -226,7 +237,7 @@ struct TileFormat {
           const int64_t left = range.count - at;
           const int64_t piece = left < panel.piece_groups ? left : panel.piece_groups;
           sums.begin(false);
-          sums.add(first + at, piece, panel.group(first + at));
+          sums.add(first + at, piece, panel.group(first + at), ahead);
           sums.end_scaled(panel.scale(first + at + piece - 1), first + at > 0);
         }
       }
@@ -242,13 +253,18 @@ struct TileFormat {
 template <class S>
 struct TileBf16 : TileFormat<S> {
   using Fine = TileBf16;
-  template <class Done>
+  static constexpr bool kPacked = true;
+  template <bool kAsk, class Done>
   static KT_INLINE void widen(const WeightLayout&, const uint8_t* block, Range range,
                               TilePanel<S>& panel, Prefetch prefetch, Done&& done) {
     panel.packed = block;
     const uint8_t* w = panel.group(range.first);
     for (int64_t g = 0; g < range.count; ++g, w += TilePanel<S>::kGroupBytes) {
-      for (int64_t at = 0; at < TilePanel<S>::kGroupBytes; at += 64) ask_ahead<S>(w + at, prefetch);
+      if constexpr (kAsk) {
+        for (int64_t at = 0; at < TilePanel<S>::kGroupBytes; at += 64) {
+          ask_ahead<S>(w + at, prefetch);
+        }
+      }
       done(range.first + g);
     }
   }
@@ -258,7 +274,7 @@ struct TileBf16 : TileFormat<S> {
 template <class S>
 struct TileF8 : TileFormat<S> {
   using Fine = TileF8;
-  template <class Done>
+  template <bool kAsk, class Done>
   static KT_INLINE void widen(const WeightLayout& layout, const uint8_t* block, Range range,
                               TilePanel<S>& panel, Prefetch prefetch, Done&& done) {
     constexpr int kVectors = static_cast<int>(kBlockRows) / S::kLanes;
@@ -273,7 +289,7 @@ struct TileF8 : TileFormat<S> {
       uint8_t* to = panel.place(g);
       for (int unit = 0; unit < 8; ++unit, w += kUnitBytes, to += 2 * kUnitBytes) {
         for (int64_t at = 0; at < kUnitBytes; at += S::kLanes * 4) {
-          ask_ahead<S>(w + at, prefetch);
+          if constexpr (kAsk) ask_ahead<S>(w + at, prefetch);
           const typename S::I raw = S::load_i(w + at);
           S::store_i(to + at, S::template e4m3_pair<0>(raw));
           S::store_i(to + kUnitBytes + at, S::template e4m3_pair<1>(raw));
@@ -294,7 +310,7 @@ struct TileCoded : TileFormat<S> {
   using I = typename S::I;
   using F = typename S::F;
 
-  template <class Done>
+  template <bool kAsk, class Done>
   static KT_INLINE void widen(const WeightLayout& layout, const uint8_t* block, Range range,
                               TilePanel<S>& panel, Prefetch prefetch, Done&& done) {
     constexpr int kVectors = static_cast<int>(kBlockRows) / S::kLanes;
@@ -318,8 +334,8 @@ struct TileCoded : TileFormat<S> {
           scale[set] = S::mul(scale[set], ratio);
         }
         const int64_t at = v * S::kLanes * 4;
-        widen_quads(group + at, levels, scale, base, panel.place(g) + at, prefetch,
-                    std::make_integer_sequence<int, 8>());
+        widen_quads<kAsk>(group + at, levels, scale, base, panel.place(g) + at, prefetch,
+                          std::make_integer_sequence<int, 8>());
       }
       done(g);
       if (++g == range.first + range.count) return;
@@ -331,24 +347,24 @@ struct TileCoded : TileFormat<S> {
   }
 
  private:
-  template <int... Q>
+  template <bool kAsk, int... Q>
   static KT_INLINE void widen_quads(const uint8_t* from, I levels, const F (&scale)[2],
                                     const F (&base)[2], uint8_t* to, Prefetch prefetch,
                                     std::integer_sequence<int, Q...>) {
-    (widen_quad<Q>(from, levels, scale[kSets == 2 ? Q / 4 : 0], base[kSets == 2 ? Q / 4 : 0], to,
-                   prefetch),
+    (widen_quad<kAsk, Q>(from, levels, scale[kSets == 2 ? Q / 4 : 0], base[kSets == 2 ? Q / 4 : 0],
+                         to, prefetch),
      ...);
   }
-  template <int Q>
+  template <bool kAsk, int Q>
   static KT_INLINE void widen_quad(const uint8_t* from, I levels, F scale, F base, uint8_t* to,
                                    Prefetch prefetch) {
     const uint8_t* at = from + Code::kParts.low_unit(Q) * kUnitBytes;
-    if constexpr (Q % Code::kLowQuads == 0) ask_ahead<S>(at, prefetch);
+    if constexpr (kAsk && Q % Code::kLowQuads == 0) ask_ahead<S>(at, prefetch);
     const I low = S::load_i(at);
     I high = low;
     if constexpr (Code::kHigh > 0) {
       at = from + Code::kParts.high_unit(Q) * kUnitBytes;
-      if constexpr (Q % Code::kHighQuads == 0) ask_ahead<S>(at, prefetch);
+      if constexpr (kAsk && Q % Code::kHighQuads == 0) ask_ahead<S>(at, prefetch);
       high = S::load_i(at);
     }
     const I bytes = Code::template widen<Quad, Q>(low, high, levels);
