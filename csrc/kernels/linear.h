@@ -4,10 +4,13 @@
 namespace ktcore::KTCORE_ISA {
 
 // Tiles whose activations go through a block together: about 4 MiB of them, which a third-level cache keeps
-// for the next block, but no fewer rows than make a panel pay, and at most a product's.
+// for the next block (1 MiB, and a second-level cache, for what multiplies faster than a third one reads), but no
+// fewer rows than make a panel pay, and at most a product's.
 template <class Format>
 static KT_INLINE int64_t tiles_of_portion(int64_t token_bytes) {
-  const int64_t rows = (int64_t{4} << 20) / token_bytes;
+  int64_t bytes = int64_t{4} << 20;
+  if constexpr (requires { Format::kPortionBytes; }) bytes = Format::kPortionBytes;
+  const int64_t rows = bytes / token_bytes;
   const int64_t tiles = (rows < 128 ? 128 : rows) / Format::kMaxRows;
   return tiles < tiles_at_once<Format>() ? tiles : tiles_at_once<Format>();
 }

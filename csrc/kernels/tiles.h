@@ -182,8 +182,9 @@ struct TileFormat {
   using Codec = TileCodec<S>;
   // With two tiles of sums each of columns and rows serves two others; a third saves a tile that is alone.
   static constexpr int kMaxRows = 32, kMaxRowsAlone = 48;
-  // Of 2048 columns, 1 MiB: they come from the second-level cache for every panel.
   static constexpr int kTilesAtOnce = 8;
+  // Activations that come from the second-level cache for every panel: of 2048 columns, so many tiles.
+  static constexpr int64_t kPortionBytes = int64_t{1} << 20;
   static constexpr bool kOverwrites = true, kTiles = true;
   static constexpr bool kPacked = false;  // whether packed weights are what a panel would hold
   static KT_INLINE void finish(const uint8_t*, int64_t, float*, int64_t) {}
