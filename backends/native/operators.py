@@ -108,14 +108,14 @@ def _seconds(
     """Of a call that reads so many weights, of so many bits each."""
     threads = _native.get_num_threads()
     known = figures.load_cached(machine)
+    format, kind = request.format, get_format(request.format).dot_kind
     isa = instruction_set(backend, machine)
+    if isa == TILES and (request.exact or format in FINER_THAN_TILES):
+        isa = WITHOUT_TILES
 
     def computing(operations: float, kind: str) -> float:
         return operations / (figures.dot_peak(known, isa, kind, threads) * 1e9)
 
-    format, kind = request.format, get_format(request.format).dot_kind
-    if isa == TILES and (request.exact or format in FINER_THAN_TILES):
-        isa = WITHOUT_TILES
     if isa == TILES:
         widening = 0 if format == "bf16" else WIDENING_OPERATIONS * weights
         seconds = computing(widening, "f32") + computing(operations, "bf16")
