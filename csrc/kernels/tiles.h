@@ -23,9 +23,7 @@ struct TileCodec {
 
   static KT_INLINE void gather(const uint8_t* token, int, uint8_t* tile, int64_t rows, int64_t row,
                                int64_t groups) {
-    for (int64_t g = 0; g < groups; ++g) {
-      std::memcpy(tile + (g * rows + row) * kGroupBytes, token + g * kGroupBytes, kGroupBytes);
-    }
+    copy_rows<kGroupBytes>(token, 1, tile, rows, row, groups);
   }
 };
 
