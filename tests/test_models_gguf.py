@@ -76,7 +76,16 @@ def test_perplexity_is_near_that_of_bf16(files, heldout, kind):
     model = load_model(files(kind))
     assert model.expert_format is get_format(kind.lower())
     allowed = PERPLEXITY[kind]
-    chosen = ktcore.explain("moe", format="bf16").chosen
+    config = model.config
+    chosen = ktcore.explain(
+        "moe",
+        format="bf16",
+        tokens=256,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.moe_intermediate_size,
+        num_experts=config.num_experts,
+        top_k=config.top_k,
+    ).chosen
     if kind in ("F32", "F16") and inputs.rounds_to_bf16(chosen):
         allowed = ROUNDED
     assert perplexity(model, heldout, 256) == pytest.approx(expected, rel=allowed)
