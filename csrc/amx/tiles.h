@@ -39,6 +39,10 @@ struct Tiles {
     emulated::tiles.load(T, p, stride);
   }
   template <int T>
+  static void stream(const void* p, int64_t stride) {
+    load<T>(p, stride);
+  }
+  template <int T>
   static void store(void* p, int64_t stride) {
     emulated::tiles.store(T, p, stride);
   }
@@ -67,6 +71,11 @@ struct Tiles {
   template <int T>
   static KT_INLINE void load(const void* p, int64_t stride) {
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(stride), "i"(T) : "memory");
+  }
+  // The same, of what the first-level cache need not keep.
+  template <int T>
+  static KT_INLINE void stream(const void* p, int64_t stride) {
+    __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(stride), "i"(T) : "memory");
   }
   template <int T>
   static KT_INLINE void store(void* p, int64_t stride) {
@@ -100,6 +109,10 @@ struct Tiles {
   template <int T>
   static KT_INLINE void load(const void* p, int64_t stride) {
     _tile_loadd(T, p, stride);
+  }
+  template <int T>
+  static KT_INLINE void stream(const void* p, int64_t stride) {
+    _tile_stream_loadd(T, p, stride);
   }
   template <int T>
   static KT_INLINE void store(void* p, int64_t stride) {

@@ -146,7 +146,13 @@ void moe(const KernelTable& table, const MoeArgs& args) {
   const TileSize tile_size{
       std::min(gate_up.max_rows / planes, down.max_rows / mid_planes),
       std::min(gate_up.max_rows_alone / planes, down.max_rows_alone / mid_planes)};
-  const int32_t portion_tiles = std::min(gate_up.max_tiles, down.max_tiles);
+  const int64_t portion_tiles =
+      std::min(gate_up.portion_tiles(in_token_bytes), down.portion_tiles(mid_token_bytes));
+  const int64_t portion_tokens =
+      std::min(slots, std::max<int64_t>(portion_tiles * tile_size.max, tile_size.alone));
+  job.portion_bytes = portion_tokens * in_token_bytes * (experts.gate_up_layout.reordered ? 2 : 1);
+  job.encode_mid = down.encode_mid;
+  job.mid_token_bytes = mid_token_bytes;
 
   // Pairs are sorted by kind: twice their expert's number, and one more if their token is fine.
   const int64_t kinds = 2 * experts.num_experts;
@@ -166,8 +172,8 @@ void moe(const KernelTable& table, const MoeArgs& args) {
     arena.take(tiles, slots);
     arena.take(portions, slots);
     arena.take(encoded, args.tokens * in_token_bytes);
-    arena.take(job.in_encoded, slots * in_token_bytes);
-    arena.take(job.up_encoded, experts.gate_up_layout.reordered ? slots * in_token_bytes : 0);
+    arena.take(job.at_hand, pool->size());
+    arena.take(job.portion_encoded, pool->size() * job.portion_bytes);
     arena.take(job.mid_encoded, slots * mid_token_bytes);
     arena.take(job.sum, args.tokens * round_up(job.hidden_size, kBlockRows));
   });
@@ -218,7 +224,6 @@ void moe(const KernelTable& table, const MoeArgs& args) {
     expert.gate_bias = row_of(args.gate_bias, e, experts.intermediate_size);
     expert.up_bias = row_of(args.up_bias, e, experts.intermediate_size);
     expert.down_bias = row_of(args.down_bias, e, experts.hidden_size);
-    expert.tile_begin = tile_count;
     const auto cut = [&](int64_t from, int64_t to, bool fine) {
       const int32_t begin = tile_count;
       for_each_tile(from, to, tile_size, fine, [&](TokenTile tile) { tiles[tile_count++] = tile; });
@@ -229,20 +234,17 @@ void moe(const KernelTable& table, const MoeArgs& args) {
     };
     cut(first, middle, false);
     cut(middle, end, true);
-    expert.tile_end = tile_count;
   }
-  job.pairs = begin[kinds];
   job.pair_token = pair_token;
   job.pair_weight = pair_weight;
   job.experts = active_count;
   job.expert = active;
   job.tiles = tiles;
-  job.tile_count = tile_count;
   job.portion = portions;
-  const int64_t rows = active_count == 0 ? 0 : job.pairs / active_count;
+  const int64_t rows = active_count == 0 ? 0 : begin[kinds] / active_count;
   job.gate_up_prefetch = prefetch(experts.gate_up_layout, rows);
   job.down_prefetch = prefetch(experts.down_layout, rows);
-  gate_up.gate_up[static_cast<int>(down.encoding)](job, *pool);
+  gate_up.gate_up(job, *pool);
   down.down(job, *pool);
 }
 

@@ -21,7 +21,6 @@ struct ActiveExpert {
   const float *gate_bias, *up_bias, *down_bias;  // each may be null
   // [hidden_size] and [intermediate_size], null unless the layout is reordered.
   const int32_t *gate_columns, *up_columns, *down_columns;
-  int32_t tile_begin, tile_end;  // its tiles
 };
 
 // Some of an expert's tiles, all fine or none, that go through a block together.
@@ -62,22 +61,26 @@ struct MoeJob {
   const WeightLayout *gate_up, *down;
   const BlockRun *gate_up_runs, *down_runs;  // a pair of gate and up counts as one block
   int64_t runs;
-  int64_t pairs;
   const int32_t* pair_token;
   const float* pair_weight;
   int64_t experts;  // how many are active
   const ActiveExpert* expert;
   const TokenTile* tiles;
-  int64_t tile_count;
   const Portion* portion;
   int64_t portions;
   Activation activation;
   Rounding rounding, mid_rounding;  // for gate and up, and for down
   const uint8_t* tokens_encoded;    // unless the layout is reordered
-  // Scratch: encoded tiles for gate and up, for down, and the f32 sum.
-  uint8_t* in_encoded;
-  uint8_t* up_encoded;  // tiles for up alone, where the layout is reordered
+  // What gate and up leave, as down takes it: 32 columns, [tokens][32], as group number `group` of a tile.
+  void (*encode_mid)(const float* columns, int64_t tokens, int64_t count, Rounding, uint8_t* tile,
+                     int64_t group, int64_t groups);
+  // Scratch: of each thread, which portion it has at hand, or -1, and that portion's encoded tiles (twice, for gate and
+  // for up, where the layout is reordered); encoded tiles for down, and the f32 sum.
+  int64_t* at_hand;
+  uint8_t* portion_encoded;
+  int64_t portion_bytes;  // of a thread
   uint8_t* mid_encoded;
+  int64_t mid_token_bytes;
   float* sum;
   Prefetch gate_up_prefetch, down_prefetch;
 };
@@ -203,23 +206,19 @@ struct QuantizeJob {
   void* scales;
 };
 
-// What the activations of `down` are rounded to; an index into FormatKernels::gate_up.
-enum class Encoding : int { int16 = 0, f32 = 1, bf16 = 2, tiles = 3 };
-
 // How one weight format is computed on one instruction set.
 struct FormatKernels {
   // What comes before the others: activations as gate and up, or linear, take them.
   void (*encode)(const EncodeJob&, ThreadPool&);
-  // The two halves of `moe`; gate and up leave their result in down's encoding. Null for one that
-  // the instruction set does not use.
-  void (*gate_up[4])(const MoeJob&, ThreadPool&);
-  void (*down)(const MoeJob&,
-               ThreadPool&);  // null: another accuracy's takes what gate and up leave
+  // The two halves of `moe`. Down and its encoding are null where another accuracy's take what gate and up leave.
+  void (*gate_up)(const MoeJob&, ThreadPool&);
+  decltype(MoeJob::encode_mid) encode_mid;
+  void (*down)(const MoeJob&, ThreadPool&);
   void (*linear)(const LinearJob&, ThreadPool&);
-  Encoding encoding;   // not of bytes, which `down` does not take
   int max_rows;        // rows of the largest tile; a token takes `planes` rows
   int max_rows_alone;  // of one that is an expert's, or a call's, only one
-  int max_tiles;       // of a portion
+  // Tiles whose activations, of so many bytes a token, go through a block together.
+  int (*portion_tiles)(int64_t token_bytes);
   int planes;
   // Bytes of one row of an encoded tile with `cols` columns.
   int64_t (*row_bytes)(int64_t cols);

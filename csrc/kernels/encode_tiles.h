@@ -22,6 +22,18 @@ static void encode_token(const ConstRows& x, int64_t token, int64_t cols, const 
   }
 }
 
+// Encodes 32 columns of the tokens of a tile, [tokens][32], as group number `group` of it; `count` columns are left.
+template <class S, class Codec>
+static void encode_columns(const float* columns, int64_t tokens, int64_t count, Rounding rounding,
+                           uint8_t* tile, int64_t group, int64_t groups) {
+  const int planes = rounding.planes;
+  for (int64_t t = 0; t < tokens; ++t, columns += kBlockRows) {
+    typename S::F v[Rows32<S>::kVectors];
+    for (int k = 0; k < Rows32<S>::kVectors; ++k) v[k] = S::load(columns + k * S::kLanes);
+    Codec::encode(v, count, rounding, tile, tokens * planes, t * planes, group, groups);
+  }
+}
+
 // The largest number of a token, its sign left out; NaN if one of them is.
 template <class S>
 static float largest_of(const ConstRows& x, int64_t token, int64_t cols) {
@@ -95,22 +107,18 @@ static void encode_tokens(const EncodeJob& job, ThreadPool& pool) {
   });
 }
 
-// Interleaves the tokens of each tile of more than one; `token_of(i)` is the token of pair i.
+// Interleaves the tokens of a tile of more than one; `token_of(i)` is the token of pair i.
 template <class Format, class TokenOf>
-static void gather_tiles(ThreadPool& pool, const TokenTile* tiles, int64_t count, int64_t cols,
-                         int planes, const uint8_t* encoded, uint8_t* out, TokenOf token_of) {
+static KT_INLINE void gather_tile(const TokenTile& tile, int64_t cols, int planes,
+                                  const uint8_t* encoded, uint8_t* out, TokenOf token_of) {
+  if (tile.tokens == 1) return;
   const int64_t groups = ceil_div(cols, kGroup);
   const int64_t token_bytes = token_bytes_of<Format>(planes, cols);
-  parallel_for(pool, count, [&](int64_t i, int) {
-    const TokenTile& tile = tiles[i];
-    if (tile.tokens == 1) return;
-    with_codec<Format>(tile.fine, [&](auto codec) {
-      for (int32_t t = 0; t < tile.tokens; ++t) {
-        decltype(codec)::gather(encoded + token_of(tile.first + t) * token_bytes, planes,
-                                out + tile.first * token_bytes, tile.tokens * planes, t * planes,
-                                groups);
-      }
-    });
+  with_codec<Format>(tile.fine, [&](auto codec) {
+    for (int32_t t = 0; t < tile.tokens; ++t) {
+      decltype(codec)::gather(encoded + token_of(tile.first + t) * token_bytes, planes, out,
+                              tile.tokens * planes, t * planes, groups);
+    }
   });
 }
 

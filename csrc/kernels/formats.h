@@ -1049,10 +1049,15 @@ static constexpr int64_t kDirectGroups = 16;
 // At most this many rows go through one product, so that their sums stay in the second-level cache: 64 KiB.
 static constexpr int kProductRows = 512;
 
+// Tiles whose activations go through a block together: about 4 MiB of them, which a third-level cache keeps for the
+// next block (or less, and a second-level cache, for what multiplies faster than a third one reads), but no
+// fewer rows than make a panel pay, and at most a product's.
 template <class Format>
-static constexpr int tiles_at_once() {
-  if constexpr (requires { Format::kTilesAtOnce; }) return Format::kTilesAtOnce;
-  return kProductRows / Format::kMaxRows;
+static int tiles_of_portion(int64_t token_bytes) {
+  int64_t bytes = int64_t{4} << 20;
+  if constexpr (requires { Format::kPortionBytes; }) bytes = Format::kPortionBytes;
+  const int64_t rows = bytes / token_bytes, least = 128, most = kProductRows;
+  return static_cast<int>((rows < least ? least : rows > most ? most : rows) / Format::kMaxRows);
 }
 
 // The most rows of a tile that is an expert's only one.
@@ -1063,20 +1068,20 @@ static constexpr int max_rows_alone() {
 }
 
 // Where the encoded activations of tiles are: those of one token in `tokens`, by the token's number,
-// where there is such; all others in `tiles`.
+// where there is such; all others in `tiles`, which begin with those of pair number `first`.
 struct EncodedTiles {
   const uint8_t* tiles;
-  int64_t token_bytes;
+  int64_t first, token_bytes;
   const uint8_t* tokens = nullptr;
   const int32_t* token_of = nullptr;  // null: pairs are tokens
 
   KT_INLINE const uint8_t* operator()(const TokenTile& tile) const {
-    if (tokens == nullptr || tile.tokens > 1) return tiles + tile.first * token_bytes;
+    if (tokens == nullptr || tile.tokens > 1) return tiles + (tile.first - first) * token_bytes;
     return tokens + (token_of == nullptr ? tile.first : token_of[tile.first]) * token_bytes;
   }
 };
 
-// One block times up to tiles_at_once() tiles, whose numbers of tokens differ by one at most:
+// One block times up to tiles_of_portion() tiles, whose numbers of tokens differ by one at most:
 // out [tile.first - tiles[0].first ...][planes][32]; then, with several planes, their sum [token][32] at the
 // beginning of each tile's place.
 template <class S, class Format>

@@ -3,18 +3,6 @@
 
 namespace ktcore::KTCORE_ISA {
 
-// Tiles whose activations go through a block together: about 4 MiB of them, which a third-level cache keeps
-// for the next block (1 MiB, and a second-level cache, for what multiplies faster than a third one reads), but no
-// fewer rows than make a panel pay, and at most a product's.
-template <class Format>
-static KT_INLINE int64_t tiles_of_portion(int64_t token_bytes) {
-  int64_t bytes = int64_t{4} << 20;
-  if constexpr (requires { Format::kPortionBytes; }) bytes = Format::kPortionBytes;
-  const int64_t rows = bytes / token_bytes;
-  const int64_t tiles = (rows < 128 ? 128 : rows) / Format::kMaxRows;
-  return tiles < tiles_at_once<Format>() ? tiles : tiles_at_once<Format>();
-}
-
 template <class S, class Format>
 static void linear(const LinearJob& job, ThreadPool& pool) {
   const int64_t groups = ceil_div(job.cols, kGroup);
@@ -24,8 +12,10 @@ static void linear(const LinearJob& job, ThreadPool& pool) {
 
   const auto token_of = [&](int32_t i) { return job.order == nullptr ? i : job.order[i]; };
   if (job.tile_count < job.tokens) {
-    gather_tiles<Format>(pool, job.tiles, job.tile_count, job.cols, planes, job.tokens_encoded,
-                         job.tiles_encoded, token_of);
+    parallel_for(pool, job.tile_count, [&](int64_t i, int) {
+      gather_tile<Format>(job.tiles[i], job.cols, planes, job.tokens_encoded,
+                          job.tiles_encoded + job.tiles[i].first * token_bytes, token_of);
+    });
   }
 
   const int64_t blocks = ceil_div(job.rows, kBlockRows);
@@ -38,7 +28,7 @@ static void linear(const LinearJob& job, ThreadPool& pool) {
     const int64_t begin = task % tasks * step;
     const int64_t end = begin + step < blocks ? begin + step : blocks;
     alignas(64) float c[kProductRows * kBlockRows];
-    const EncodedTiles encoded{job.tiles_encoded, token_bytes, job.tokens_encoded, job.order};
+    const EncodedTiles encoded{job.tiles_encoded, 0, token_bytes, job.tokens_encoded, job.order};
     for (int64_t b = begin; b < end; ++b) {
       const int64_t left = job.rows - b * kBlockRows;
       const int64_t count = left < kBlockRows ? left : kBlockRows;

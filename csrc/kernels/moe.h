@@ -1,10 +1,10 @@
 // moe: out[t] = sum over the token's experts e of weight * down_e (act(gate_e x_t) * up_e x_t), each
 // matrix with its bias where it has one.
 //
-// Three passes over the pool, once the tokens are encoded: gather them by expert; gate and up for every
-// (expert, block of 32 intermediate rows), whose 32 activations are one encoded group of the next
-// matrix and go straight into its tile; down for every range of output columns, summed over the
-// experts in ascending order, so that the result depends neither on threads nor on the batch.
+// Two passes over the pool, once the tokens are encoded: gate and up for every (portion of an expert's tokens, block of
+// 32 intermediate rows), whose 32 activations are one encoded group of the next matrix and go straight into its tile;
+// down for every range of output columns, summed over the experts in ascending order, so that the result depends
+// neither on threads nor on the batch.
 #pragma once
 
 namespace ktcore::KTCORE_ISA {
@@ -26,50 +26,58 @@ static KT_INLINE void load_bias(const float* bias, const int32_t* listed, int64_
   }
 }
 
-// Encodes the tiles of every expert for gate and for up, whose columns are in orders of their own.
+// The activations of a portion for gate and for up, encoded. Put into the thread's memory, unless that is what they
+// are already: threads go on to the next portion once in a while.
+struct PortionEncoded {
+  EncodedTiles gate, up;
+};
 template <class S, class Format>
-static void encode_reordered(const MoeJob& job, ThreadPool& pool) {
+static KT_INLINE PortionEncoded portion_encoded(const MoeJob& job, int64_t number, int thread) {
+  const Portion& portion = job.portion[number];
+  const TokenTile* tiles = job.tiles + portion.first;
   const int planes = job.rounding.planes;
-  const int64_t token_bytes = token_bytes_of<Format>(planes, job.hidden_size);
-  parallel_for(pool, job.experts, [&](int64_t e, int) {
-    const ActiveExpert& expert = job.expert[e];
-    for (int32_t i = expert.tile_begin; i < expert.tile_end; ++i) {
-      const TokenTile& tile = job.tiles[i];
-      for (int32_t t = 0; t < tile.tokens; ++t) {
-        const auto encode = [&](const int32_t* columns, uint8_t* encoded) {
-          with_codec<Format>(tile.fine, [&](auto codec) {
-            encode_token<S, decltype(codec)>(
-                job.x, job.pair_token[tile.first + t], job.hidden_size, columns, job.rounding,
-                encoded + tile.first * token_bytes, tile.tokens * planes, t * planes);
-          });
-        };
-        encode(expert.gate_columns, job.in_encoded);
-        encode(expert.up_columns, job.up_encoded);
-      }
+  const int64_t first = tiles->first, hidden = job.hidden_size;
+  const int64_t token_bytes = token_bytes_of<Format>(planes, hidden);
+  uint8_t* for_gate = job.portion_encoded + thread * job.portion_bytes;
+  uint8_t* for_up = for_gate + job.portion_bytes / 2;
+  const bool at_hand = job.at_hand[thread] == number;
+  job.at_hand[thread] = number;
+  if (!job.gate_up->reordered) {
+    for (int i = 0; !at_hand && i < portion.count; ++i) {
+      gather_tile<Format>(tiles[i], hidden, planes, job.tokens_encoded,
+                          for_gate + (tiles[i].first - first) * token_bytes,
+                          [&](int32_t pair) { return job.pair_token[pair]; });
     }
-  });
+    const EncodedTiles both{for_gate, first, token_bytes, job.tokens_encoded, job.pair_token};
+    return {both, both};
+  }
+  // Columns are in orders of their own.
+  const ActiveExpert& expert = job.expert[portion.expert];
+  for (int i = 0; !at_hand && i < portion.count; ++i) {
+    const TokenTile& tile = tiles[i];
+    const auto encode = [&](const int32_t* columns, uint8_t* encoded) {
+      with_codec<Format>(tile.fine, [&](auto codec) {
+        for (int32_t t = 0; t < tile.tokens; ++t) {
+          encode_token<S, decltype(codec)>(
+              job.x, job.pair_token[tile.first + t], hidden, columns, job.rounding,
+              encoded + (tile.first - first) * token_bytes, tile.tokens * planes, t * planes);
+        }
+      });
+    };
+    encode(expert.gate_columns, for_gate);
+    encode(expert.up_columns, for_up);
+  }
+  return {{for_gate, first, token_bytes}, {for_up, first, token_bytes}};
 }
 
-template <class S, class Format, class MidCodec>
+template <class S, class Format>
 static void gate_up(const MoeJob& job, ThreadPool& pool) {
   const int64_t hidden = job.hidden_size, intermediate = job.intermediate_size;
   const int64_t hidden_groups = ceil_div(hidden, kGroup);
   const int64_t mid_groups = ceil_div(intermediate, kGroup);
-  const int planes = job.rounding.planes, mid_planes = job.mid_rounding.planes;
-  const int64_t in_token_bytes = token_bytes_of<Format>(planes, hidden);
-  const int64_t mid_token_bytes = mid_planes * MidCodec::row_bytes(intermediate);
+  const int planes = job.rounding.planes;
   const int64_t in_block = job.gate_up->block_bytes(hidden);
-
-  EncodedTiles for_gate{job.in_encoded, in_token_bytes, job.tokens_encoded, job.pair_token};
-  EncodedTiles for_up = for_gate;
-  if (job.gate_up->reordered) {
-    encode_reordered<S, Format>(job, pool);
-    for_gate = {job.in_encoded, in_token_bytes};
-    for_up = {job.up_encoded, in_token_bytes};
-  } else if (job.tile_count < job.pairs) {  // some tile has several tokens
-    gather_tiles<Format>(pool, job.tiles, job.tile_count, hidden, planes, job.tokens_encoded,
-                         job.in_encoded, [&](int32_t pair) { return job.pair_token[pair]; });
-  }
+  for (int i = 0; i < pool.size(); ++i) job.at_hand[i] = -1;
 
   // Run after run of blocks, so that each node's threads begin with what lies in its memory; portion after portion,
   // so that the next blocks find the activations in a cache.
@@ -77,10 +85,12 @@ static void gate_up(const MoeJob& job, ThreadPool& pool) {
   const auto tasks_of = [&](const BlockRun& run) { return ceil_div(run.end - run.first, up_step); };
   int64_t tasks = 0;
   for (int64_t i = 0; i < job.runs; ++i) tasks += job.portions * tasks_of(job.gate_up_runs[i]);
-  parallel_for(pool, tasks, [&](int64_t task, int) {
+  parallel_for(pool, tasks, [&](int64_t task, int thread) {
     const BlockRun* run = job.gate_up_runs;
     for (; task >= job.portions * tasks_of(*run); ++run) task -= job.portions * tasks_of(*run);
-    const Portion& portion = job.portion[task / tasks_of(*run)];
+    const int64_t number = task / tasks_of(*run);
+    const PortionEncoded encoded = portion_encoded<S, Format>(job, number, thread);
+    const Portion& portion = job.portion[number];
     const ActiveExpert& expert = job.expert[portion.expert];
     const TokenTile* tiles = job.tiles + portion.first;
     const int count = portion.count;
@@ -94,22 +104,21 @@ static void gate_up(const MoeJob& job, ThreadPool& pool) {
       load_bias<S>(expert.gate_bias, expert.down_columns, b, intermediate, gate_bias);
       load_bias<S>(expert.up_bias, expert.down_columns, b, intermediate, up_bias);
       multiply_alike<S, Format>(tiles->fine, *job.gate_up, weights, hidden_groups, tiles, count,
-                                planes, for_gate, gate, job.gate_up_prefetch);
+                                planes, encoded.gate, gate, job.gate_up_prefetch);
       multiply_alike<S, Format>(tiles->fine, *job.gate_up, weights + in_block, hidden_groups, tiles,
-                                count, planes, for_up, up, job.gate_up_prefetch);
+                                count, planes, encoded.up, up, job.gate_up_prefetch);
       for (int i = 0; i < count; ++i) {
-        const int64_t place = (tiles[i].first - tiles[0].first) * planes * kBlockRows;
-        uint8_t* mid = job.mid_encoded + tiles[i].first * mid_token_bytes;
-        for (int32_t t = 0; t < tiles[i].tokens; ++t) {
-          typename S::F h[Rows32<S>::kVectors];
+        float* h = gate + (tiles[i].first - tiles[0].first) * planes * kBlockRows;
+        const float* u = up + (h - gate);
+        for (int32_t at = 0; at < tiles[i].tokens * kBlockRows; at += kBlockRows) {
           for (int v = 0; v < Rows32<S>::kVectors; ++v) {
-            const int64_t at = place + t * kBlockRows + v * S::kLanes;
-            h[v] = activate<S>(job.activation, S::add(S::load(gate + at), gate_bias[v]),
-                               S::add(S::load(up + at), up_bias[v]));
+            const int64_t k = at + v * S::kLanes;
+            S::store(h + k, activate<S>(job.activation, S::add(S::load(h + k), gate_bias[v]),
+                                        S::add(S::load(u + k), up_bias[v])));
           }
-          MidCodec::encode(h, intermediate - b * kBlockRows, job.mid_rounding, mid,
-                           tiles[i].tokens * mid_planes, t * mid_planes, b, mid_groups);
         }
+        job.encode_mid(h, tiles[i].tokens, intermediate - b * kBlockRows, job.mid_rounding,
+                       job.mid_encoded + tiles[i].first * job.mid_token_bytes, b, mid_groups);
       }
     }
   });
@@ -117,12 +126,10 @@ static void gate_up(const MoeJob& job, ThreadPool& pool) {
 
 template <class S, class Format>
 static void down(const MoeJob& job, ThreadPool& pool) {
-  using Codec = typename Format::Codec;
   const int64_t hidden = job.hidden_size;
   const int64_t out_blocks = ceil_div(hidden, kBlockRows);
   const int64_t mid_groups = ceil_div(job.intermediate_size, kGroup);
   const int planes = job.mid_rounding.planes;
-  const int64_t mid_token_bytes = planes * Codec::row_bytes(job.intermediate_size);
   const int64_t mid_block = job.down->block_bytes(job.intermediate_size);
   // With many tokens, wide ranges: each range reads all encoded intermediate activations once.
   int64_t down_step = blocks_per_task(mid_block * (job.experts > 0 ? job.experts : 1));
@@ -134,7 +141,7 @@ static void down(const MoeJob& job, ThreadPool& pool) {
     const int64_t width = (end - begin) * kBlockRows;
     const int64_t sum_stride = out_blocks * kBlockRows;
     alignas(64) float c[kProductRows * kBlockRows];
-    const EncodedTiles encoded{job.mid_encoded, mid_token_bytes};
+    const EncodedTiles encoded{job.mid_encoded, 0, job.mid_token_bytes};
     float* sum = job.sum + begin * kBlockRows;
     for (int64_t t = 0; t < job.tokens; ++t) {
       std::memset(sum + t * sum_stride, 0, static_cast<size_t>(width) * sizeof(float));

@@ -36,43 +36,22 @@
 
 namespace ktcore::KTCORE_ISA {
 
-template <class Codec>
-static constexpr Encoding encoding_of() {
-  if constexpr (std::is_same_v<Codec, Int16Codec<Simd>>) return Encoding::int16;
-  if constexpr (std::is_same_v<Codec, FloatCodec<Simd>>) return Encoding::f32;
-#if defined(KTCORE_TILES)
-  if constexpr (std::is_same_v<Codec, TileCodec<Simd>>) return Encoding::tiles;
-#endif
-  return Encoding::bf16;
-}
-
 // Whether codes of so many bits can be multiplied with activations of eight.
 static constexpr bool takes_bytes(int bits, bool table) {
   return Simd::kByteDots || (bits <= 6 && !table);
 }
 
 template <class Format>
-static constexpr auto gate_up_into_bf16() -> void (*)(const MoeJob&, ThreadPool&) {
-  if constexpr (Simd::kBf16Dot) return gate_up<Simd, Format, Bf16Codec<Simd>>;
-  return nullptr;
-}
-
-// The same for tiles, which are what bf16 otherwise comes in.
-template <class Format>
-static constexpr auto gate_up_into_tiles() -> void (*)(const MoeJob&, ThreadPool&) {
-#if defined(KTCORE_TILES)
-  return gate_up<Simd, Format, TileCodec<Simd>>;
-#else
-  return nullptr;
-#endif
-}
-
-template <class Format>
 static constexpr bool kHasFine = !std::is_same_v<typename Format::Fine, Format>;
 
 template <class Format>
-static constexpr auto down_of() -> void (*)(const MoeJob&, ThreadPool&) {
+static constexpr decltype(FormatKernels::down) down_of() {
   if constexpr (!kHasFine<Format>) return down<Simd, Format>;
+  return nullptr;
+}
+template <class Format>
+static constexpr decltype(FormatKernels::encode_mid) encode_mid_of() {
+  if constexpr (!kHasFine<Format>) return encode_columns<Simd, typename Format::Codec>;
   return nullptr;
 }
 // Of a row of an encoded tile, whichever its tokens.
@@ -84,14 +63,13 @@ static int64_t row_bytes_of(int64_t cols) {
 template <class Format, int kPlanes = 1>
 static constexpr FormatKernels kernels_of() {
   return {encode_tokens<Simd, Format>,
-          {gate_up<Simd, Format, Int16Codec<Simd>>, gate_up<Simd, Format, FloatCodec<Simd>>,
-           gate_up_into_bf16<Format>(), gate_up_into_tiles<Format>()},
+          gate_up<Simd, Format>,
+          encode_mid_of<Format>(),
           down_of<Format>(),
           linear<Simd, Format>,
-          encoding_of<typename Format::Codec>(),
           Format::kMaxRows,
           max_rows_alone<Format>(),
-          tiles_at_once<Format>(),
+          tiles_of_portion<Format>,
           kPlanes,
           row_bytes_of<Format>,
           kHasFine<Format>};
@@ -131,24 +109,18 @@ static constexpr AllFormats all_formats() {
            coded<kAccuracy, 4, true, 1>(), coded<kAccuracy, 4, true, 2>()}};
 }
 #if defined(KTCORE_TILES)
-template <class Format>
-static constexpr FormatKernels tiled() {
-  FormatKernels kernels = kernels_of<Format>();
-  kernels.gate_up[static_cast<int>(Encoding::bf16)] = nullptr;  // no `down` takes that beside tiles
-  return kernels;
-}
 // Where results need not be exact; bf16 has no room for float16's numbers, or for the scales of NVFP4.
 template <Accuracy kAccuracy>
 static constexpr AllFormats most_in_tiles() {
-  return {{tiled<TileBf16<Simd>>(), kernels_of<Floats<Simd, FromF16<Simd>>>(),
-           kernels_of<Floats<Simd, FromF32<Simd>>>(), tiled<TileF8<Simd>>(),
-           tiled<TileCoded<Simd, 8, false, 0>>(), tiled<TileCoded<Simd, 2, false, 1>>(),
-           tiled<TileCoded<Simd, 2, false, 2>>(), tiled<TileCoded<Simd, 3, false, 1>>(),
-           tiled<TileCoded<Simd, 3, false, 2>>(), tiled<TileCoded<Simd, 4, false, 1>>(),
-           tiled<TileCoded<Simd, 4, false, 2>>(), tiled<TileCoded<Simd, 5, false, 1>>(),
-           tiled<TileCoded<Simd, 5, false, 2>>(), tiled<TileCoded<Simd, 6, false, 1>>(),
-           tiled<TileCoded<Simd, 6, false, 2>>(), tiled<TileCoded<Simd, 8, false, 1>>(),
-           tiled<TileCoded<Simd, 8, false, 2>>(), tiled<TileCoded<Simd, 4, true, 1>>(),
+  return {{kernels_of<TileBf16<Simd>>(), kernels_of<Floats<Simd, FromF16<Simd>>>(),
+           kernels_of<Floats<Simd, FromF32<Simd>>>(), kernels_of<TileF8<Simd>>(),
+           kernels_of<TileCoded<Simd, 8, false, 0>>(), kernels_of<TileCoded<Simd, 2, false, 1>>(),
+           kernels_of<TileCoded<Simd, 2, false, 2>>(), kernels_of<TileCoded<Simd, 3, false, 1>>(),
+           kernels_of<TileCoded<Simd, 3, false, 2>>(), kernels_of<TileCoded<Simd, 4, false, 1>>(),
+           kernels_of<TileCoded<Simd, 4, false, 2>>(), kernels_of<TileCoded<Simd, 5, false, 1>>(),
+           kernels_of<TileCoded<Simd, 5, false, 2>>(), kernels_of<TileCoded<Simd, 6, false, 1>>(),
+           kernels_of<TileCoded<Simd, 6, false, 2>>(), kernels_of<TileCoded<Simd, 8, false, 1>>(),
+           kernels_of<TileCoded<Simd, 8, false, 2>>(), kernels_of<TileCoded<Simd, 4, true, 1>>(),
            coded<kAccuracy, 4, true, 2>()}};
 }
 static constexpr AllFormats kBf16 = most_in_tiles<Accuracy::bf16>();

@@ -43,31 +43,31 @@ struct RowRegisters {
   }
 };
 
-// Weights as bf16: [group][pair][32 rows] of two columns. Where sums of a piece of columns are to be scaled, that
-// is because bf16 has no room for the product.
-template <class S>
-struct TilePanel {
-  static constexpr int64_t kGroups = 8;  // at most
-  // With few tiles 8 KiB, with many 16: the rest of a first-level cache is for their activations.
-  static KT_INLINE int64_t groups_for(int tiles) { return tiles < 3 ? kGroups / 2 : kGroups; }
-  static constexpr int64_t kGroupBytes = kGroup / 2 * kUnitBytes;
+// A group of weights as bf16: [pair][32 rows] of two columns.
+static constexpr int64_t kTileGroupBytes = kGroup / 2 * kUnitBytes;
 
+// Some groups of a block as bf16, the last ones that were widened. Where sums of a piece of columns are to be scaled,
+// that is because bf16 has no room for the product.
+template <class S, int64_t kGroups>
+struct TilePanel {
   bool scaled = false;
-  int64_t piece_groups = 0;  // a divisor of kGroups / 2
-  alignas(64) uint8_t widened[kGroups * kGroupBytes];
+  int64_t piece_groups = 0;  // a divisor of 4
+  alignas(64) uint8_t widened[kGroups * kTileGroupBytes];
   alignas(64) float scales[kGroups * kBlockRows];  // of pieces
 
   const uint8_t* packed = nullptr;  // the block's groups, where these are bf16 as they are
-  KT_INLINE uint8_t* place(int64_t g) { return widened + g % kGroups * kGroupBytes; }
+  KT_INLINE uint8_t* place(int64_t g) { return widened + g % kGroups * kTileGroupBytes; }
   KT_INLINE const uint8_t* group(int64_t g) const {
-    return packed != nullptr ? packed + g * kGroupBytes : widened + g % kGroups * kGroupBytes;
+    return packed != nullptr ? packed + g * kTileGroupBytes
+                             : widened + g % kGroups * kTileGroupBytes;
   }
   // The scales of the piece that ends with a group.
   KT_INLINE float* scale(int64_t g) { return scales + g % kGroups * kBlockRows; }
 };
 
-// The products of one tile of rows with the groups of a block, one after the other.
-template <class S>
+// The products of one tile of rows with the groups of a block, one after the other. If it is one of several tiles,
+// its activations and sums are read past the first-level cache: that keeps the panel, which all of them need.
+template <class S, bool kOneOfSeveral>
 class TileSums {
  public:
   static constexpr int64_t kOut = kBlockRows * 4, kRow = TileCodec<S>::kGroupBytes;
@@ -80,7 +80,7 @@ class TileSums {
     const auto one = [&](auto i, auto j) {
       constexpr int kSum = 2 * i() + j();
       if (continues) {
-        Tiles::load<kSum>(out_ + first_row(i()) * kBlockRows + 16 * j(), kOut);
+        load<kSum>(out_ + first_row(i()) * kBlockRows + 16 * j(), kOut);
       } else {
         Tiles::zero<kSum>();
       }
@@ -123,6 +123,14 @@ class TileSums {
     f(Number<2>(), Number<0>());
     f(Number<2>(), Number<1>());
   }
+  template <int T>
+  static KT_INLINE void load(const void* p, int64_t stride) {
+    if constexpr (kOneOfSeveral) {
+      Tiles::stream<T>(p, stride);
+    } else {
+      Tiles::load<T>(p, stride);
+    }
+  }
   KT_INLINE int first_row(int tile) const {
     const int at = tile * each_;
     return at + each_ > rows_ ? rows_ - each_ : at;
@@ -136,16 +144,16 @@ class TileSums {
   KT_INLINE void add_tiles(const uint8_t* x, int64_t count, const uint8_t* w,
                            Ahead<S>& ahead) const {
     const int64_t second = first_row(1) * kRow, third = first_row(2) * kRow;
-    for (; count > 0; --count, x += rows_ * kRow, w += TilePanel<S>::kGroupBytes) {
+    for (; count > 0; --count, x += rows_ * kRow, w += kTileGroupBytes) {
       ahead.step();
       if constexpr (kTiles <= 2) {
         Tiles::load<6>(w, kUnitBytes);
-        Tiles::load<4>(x, kRow);
+        load<4>(x, kRow);
         Tiles::add_bf16<0, 4, 6>();
         Tiles::load<7>(w + 64, kUnitBytes);
         Tiles::add_bf16<1, 4, 7>();
         if constexpr (kTiles == 2) {
-          Tiles::load<5>(x + second, kRow);
+          load<5>(x + second, kRow);
           Tiles::add_bf16<2, 5, 6>();
           Tiles::add_bf16<3, 5, 7>();
         }
@@ -180,9 +188,8 @@ struct TileFormat {
   using Codec = TileCodec<S>;
   // With two tiles of sums each of columns and rows serves two others; a third saves a tile that is alone.
   static constexpr int kMaxRows = 32, kMaxRowsAlone = 48;
-  static constexpr int kTilesAtOnce = 8;
-  // Activations that come from the second-level cache for every panel: of 2048 columns, so many tiles.
-  static constexpr int64_t kPortionBytes = int64_t{1} << 20;
+  // Activations that come from the second-level cache for every panel: of 2048 columns, ten tiles.
+  static constexpr int64_t kPortionBytes = int64_t{5} << 18;
   static constexpr bool kOverwrites = true, kTiles = true;
   static constexpr bool kPacked = false;  // whether packed weights are what a panel would hold
   static KT_INLINE void finish(const uint8_t*, int64_t, float*, int64_t) {}
@@ -193,39 +200,64 @@ struct TileFormat {
                                  const TokenTile* tiles, int count, const EncodedTiles& encoded,
                                  Prefetch prefetch, Place&& place) {
     const RowRegisters registers(tiles[0].tokens, tiles[count - 1].tokens);
-    TilePanel<S> panel;
-    if (count == 1) {
-      // Sums stay in tiles from one end of the block to the other; a group is widened while the one before is
-      // multiplied.
-      const TileSums<S> sums(registers, tiles[0].tokens, encoded(tiles[0]), place(tiles[0]));
-      Ahead<S> nothing{block, 0, 1};
-      const auto add = [&](int64_t g) {
-        sums.add(g, 1, panel.group(g), nothing);
-        if (!panel.scaled || ((g + 1) % panel.piece_groups != 0 && g + 1 != groups)) return;
-        sums.end_scaled(panel.scale(g), g >= panel.piece_groups);
-        sums.begin(false);
-      };
-      sums.begin(false);
-      Format::template widen<true>(layout, block, {0, groups, groups}, panel, prefetch,
-                                   [&](int64_t g) {
-                                     if (g > 0) add(g - 1);
-                                   });
-      add(groups - 1);
-      if (!panel.scaled) sums.end();
-      return;
+    if (count > 1) {
+      several<Format>(registers, layout, block, groups, tiles, count, encoded, prefetch, place);
+    } else {
+      one<Format>(registers, layout, block, groups, tiles[0].tokens, encoded(tiles[0]), prefetch,
+                  place(tiles[0]));
     }
-    const int64_t step = TilePanel<S>::groups_for(count), every = prefetch.panel_step;
+  }
+
+ protected:
+  // Weights are made larger by half of what cutting a float off behind 16 bits takes from it on average: so
+  // numbers of eight bits come out as they are, others as near as if they had been rounded to within a tenth.
+  static constexpr float kUp = 1 + 0.7f / 256;
+
+ private:
+  // Sums stay in tiles from one end of the block to the other; a group is widened while the one before is multiplied.
+  template <class Format>
+  static KT_INLINE void one(const RowRegisters& registers, const WeightLayout& layout,
+                            const uint8_t* block, int64_t groups, int rows, const uint8_t* tile,
+                            Prefetch prefetch, float* out) {
+    TilePanel<S, 4> panel;
+    const TileSums<S, false> sums(registers, rows, tile, out);
+    Ahead<S> nothing{block, 0, 1};
+    const auto add = [&](int64_t g) {
+      sums.add(g, 1, panel.group(g), nothing);
+      if (!panel.scaled || ((g + 1) % panel.piece_groups != 0 && g + 1 != groups)) return;
+      sums.end_scaled(panel.scale(g), g >= panel.piece_groups);
+      sums.begin(false);
+    };
+    sums.begin(false);
+    Format::template widen<true>(layout, block, {0, groups, groups}, panel, prefetch,
+                                 [&](int64_t g) {
+                                   if (g > 0) add(g - 1);
+                                 });
+    add(groups - 1);
+    if (!panel.scaled) sums.end();
+  }
+
+  // Panel after panel of 32 KiB, each with tile after tile.
+  template <class Format, class Place>
+  static KT_INLINE void several(const RowRegisters& registers, const WeightLayout& layout,
+                                const uint8_t* block, int64_t groups, const TokenTile* tiles,
+                                int count, const EncodedTiles& encoded, Prefetch prefetch,
+                                Place&& place) {
+    constexpr int64_t kStep = 16;
+    TilePanel<S, kStep> panel;
     // What is widened is asked for meanwhile, as with one tile; bf16 with every product, as there is much of it.
-    constexpr bool kPacked = Format::kPacked;
+    const int64_t every = prefetch.panel_step;
     const int64_t lines =
-        kPacked ? every * ceil_div(ceil_div(layout.group_bytes(), 64 * every), count) : 0;
-    for (int64_t first = 0; first < groups; first += step) {
-      const Range range{first, groups - first < step ? groups - first : step, groups};
-      const uint8_t* next = block + layout.group_at(first + step);
-      Format::template widen<!kPacked>(layout, block, range, panel, prefetch, [](int64_t) {});
+        Format::kPacked ? every * ceil_div(ceil_div(layout.group_bytes(), 64 * every), count) : 0;
+    for (int64_t first = 0; first < groups; first += kStep) {
+      const Range range{first, groups - first < kStep ? groups - first : kStep, groups};
+      const uint8_t* next = block + layout.group_at(first + kStep);
+      Format::template widen<!Format::kPacked>(layout, block, range, panel, prefetch,
+                                               [](int64_t) {});
       for (int i = 0; i < count; ++i) {
-        const TileSums<S> sums(registers, tiles[i].tokens, encoded(tiles[i]), place(tiles[i]));
-        Ahead<S> ahead{next + i * step * lines * 64, lines, every};
+        const TileSums<S, true> sums(registers, tiles[i].tokens, encoded(tiles[i]),
+                                     place(tiles[i]));
+        Ahead<S> ahead{next + i * kStep * lines * 64, lines, every};
         if (!panel.scaled) {
           sums.begin(first > 0);
           sums.add(first, range.count, panel.group(first), ahead);
@@ -242,25 +274,20 @@ struct TileFormat {
       }
     }
   }
-
- protected:
-  // Weights are made larger by half of what cutting a float off behind 16 bits takes from it on average: so
-  // numbers of eight bits come out as they are, others as near as if they had been rounded to within a tenth.
-  static constexpr float kUp = 1 + 0.7f / 256;
 };
 
 template <class S>
 struct TileBf16 : TileFormat<S> {
   using Fine = TileBf16;
   static constexpr bool kPacked = true;
-  template <bool kAsk, class Done>
-  static KT_INLINE void widen(const WeightLayout&, const uint8_t* block, Range range,
-                              TilePanel<S>& panel, Prefetch prefetch, Done&& done) {
+  template <bool kAsk, class Panel, class Done>
+  static KT_INLINE void widen(const WeightLayout&, const uint8_t* block, Range range, Panel& panel,
+                              Prefetch prefetch, Done&& done) {
     panel.packed = block;
     const uint8_t* w = panel.group(range.first);
-    for (int64_t g = 0; g < range.count; ++g, w += TilePanel<S>::kGroupBytes) {
+    for (int64_t g = 0; g < range.count; ++g, w += kTileGroupBytes) {
       if constexpr (kAsk) {
-        for (int64_t at = 0; at < TilePanel<S>::kGroupBytes; at += 64) {
+        for (int64_t at = 0; at < kTileGroupBytes; at += 64) {
           ask_ahead<S>(w + at, prefetch);
         }
       }
@@ -273,9 +300,9 @@ struct TileBf16 : TileFormat<S> {
 template <class S>
 struct TileF8 : TileFormat<S> {
   using Fine = TileF8;
-  template <bool kAsk, class Done>
+  template <bool kAsk, class Panel, class Done>
   static KT_INLINE void widen(const WeightLayout& layout, const uint8_t* block, Range range,
-                              TilePanel<S>& panel, Prefetch prefetch, Done&& done) {
+                              Panel& panel, Prefetch prefetch, Done&& done) {
     constexpr int kVectors = static_cast<int>(kBlockRows) / S::kLanes;
     panel.scaled = true;
     panel.piece_groups = piece_groups(layout);
@@ -309,9 +336,9 @@ struct TileCoded : TileFormat<S> {
   using I = typename S::I;
   using F = typename S::F;
 
-  template <bool kAsk, class Done>
+  template <bool kAsk, class Panel, class Done>
   static KT_INLINE void widen(const WeightLayout& layout, const uint8_t* block, Range range,
-                              TilePanel<S>& panel, Prefetch prefetch, Done&& done) {
+                              Panel& panel, Prefetch prefetch, Done&& done) {
     constexpr int kVectors = static_cast<int>(kBlockRows) / S::kLanes;
     const I levels = Quad::table(layout.levels);
     // A byte b becomes 1 + b / 256, as a float's bits; what it stands for is then a product and a sum away.
