@@ -39,6 +39,7 @@ def script(name: str) -> ModuleType:
 perplexity_table, random_model = script("perplexity_table"), script("random_model")
 peer_table, activation_bits = script("peer_table"), script("activation_bits")
 model_speed = script("model_speed")
+attention_speed = script("attention_speed")
 token_profile, thread_scaling = script("token_profile"), script("thread_scaling")
 prefetch_distance = script("prefetch_distance")  # after that whose layer it takes
 
@@ -278,6 +279,17 @@ def test_threads_are_compared(monkeypatch, capsys):
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| int8")]
     assert [row.split("|")[2].strip() for row in rows] == ["1", "4"]
     assert all(row.count("%") == 2 for row in rows)
+
+
+@needs_extension
+@pytest.mark.parametrize("pages", ["float16", "float32"])
+def test_attention_is_compared(pages, capsys):
+    attention_speed.main(depth=[40], tokens=[1, 3], pages=pages, rounds=1, seconds=0.0)
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    assert [row.split("|")[2].strip() for row in rows] == ["1", "3"]
+    ours = ktcore.explain("attention").chosen
+    assert f" {ours} " in head and "reference" not in head
+    assert all(row.count("(") == head.count("|") - 3 for row in rows)
 
 
 @needs_extension

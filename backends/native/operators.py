@@ -474,6 +474,11 @@ def operators(backend: str) -> list[Implementation]:
     def flat(request: Request, machine: Machine) -> float:
         return CALL_SECONDS + 1e-8 * request.tokens
 
+    def attention_cost(request: Request, machine: Machine) -> float:
+        # Tiles take as long for one row as for all of their own, and each page is converted.
+        tokens = request.tokens / 4 + 4 if backend == TILES else request.tokens
+        return CALL_SECONDS + 1e-8 * tokens
+
     def packable(format: str) -> bool:
         return is_packable(get_format(format))
 
@@ -489,13 +494,13 @@ def operators(backend: str) -> list[Implementation]:
         implementation("dequantize", CONVERTED, dequantize, flat),
         implementation("quantize", CONVERTED, quantize, flat),
         implementation("route", (), route, flat, _route_fits, recordable=True),
+        implementation("attention", (), attention, attention_cost, recordable=True),
         *(
             implementation(op, (), run, flat, recordable=True)
             for op, run in (
                 ("rms_norm", rms_norm),
                 ("rotary", rotary),
                 ("store_kv", store_kv),
-                ("attention", attention),
                 ("store_latent", store_latent),
                 ("mla_attention", mla_attention),
             )

@@ -120,6 +120,15 @@ struct Simd {
     const I quiet = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(quiet, 16));
   }
+  // The nearest bf16, of two as near the larger; of a NaN, anything.
+  static KT_INLINE F nearest_bf16(F v) {
+    return high_bf16(add_i32(_mm512_castps_si512(v), set1_i32(0x8000)));
+  }
+  // What is a bf16 already.
+  static KT_INLINE void store_upper(uint16_t* p, F v) {
+    const I bits = _mm512_srli_epi32(_mm512_castps_si512(v), 16);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bits));
+  }
   static KT_INLINE void store_bf16(uint16_t* p, F v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), round_bf16(v));
   }

@@ -180,13 +180,20 @@ struct AttentionJob {
   const int64_t* part_tile;  // [parts]
 };
 
+// Floats that queries, powers, and a page's keys and values take as pairs of bf16: see attention_tiles.h.
+static constexpr int64_t attention_tile_floats(const KvPages& pages) {
+  const int64_t keys = round_up(pages.key_size, kGroup);
+  const int64_t values = round_up(pages.value_size, kGroup);
+  return kAttentionRows * (keys + kPagePositions) + kPagePositions * (keys + values);
+}
 // Floats of a tile's sums over a span, and of a thread's own memory.
 static constexpr int64_t attention_part_floats(const KvPages& pages) {
   return kAttentionRows * (2 + round_up(pages.value_size, kGroup));
 }
 static constexpr int64_t attention_work_floats(const KvPages& pages) {
   return 2 * attention_part_floats(pages) + kAttentionRows * (pages.key_size + kPagePositions) +
-         kPagePositions * kGroup + (pages.latent ? pages.key_size * kPagePositions : 0);
+         kPagePositions * kGroup + (pages.latent ? pages.key_size * kPagePositions : 0) +
+         attention_tile_floats(pages);
 }
 
 struct DequantizeJob {

@@ -81,7 +81,7 @@ static constexpr int64_t kPagePositions = 32;
 // Attention sums over spans of so many positions, each on its own, and then over the spans: in the
 // same way whether threads share the spans out or not.
 static constexpr int64_t kSpanPositions = 512;
-// At most this many rows of queries are computed together.
-static constexpr int64_t kAttentionRows = 64;
+// At most this many rows of queries are computed together: a page is brought into a form of its own for them.
+static constexpr int64_t kAttentionRows = 256;
 
 }  // namespace ktcore

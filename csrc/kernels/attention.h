@@ -12,20 +12,23 @@
 
 namespace ktcore::KTCORE_ISA {
 
-// What keys and values are stored as.
+// What keys and values are stored as, and how many bf16 add up to such a number, if two are enough.
 template <class S>
 struct KvF32 {
   using T = float;
+  static constexpr int kBf16s = 0;
   static KT_INLINE typename S::F load(const T* p) { return S::load(p); }
 };
 template <class S>
 struct KvF16 {
   using T = uint16_t;
+  static constexpr int kBf16s = 2;
   static KT_INLINE typename S::F load(const T* p) { return S::load_f16(p); }
 };
 template <class S>
 struct KvBf16 {
   using T = uint16_t;
+  static constexpr int kBf16s = 1;
   static KT_INLINE typename S::F load(const T* p) { return S::load_bf16(p); }
 };
 
@@ -155,14 +158,13 @@ struct Attend {
   float* scores;  // [rows][kPagePositions]
   float* tail;    // [kPagePositions][kGroup]: the last columns of values, padded
   float* turned;  // [key_size][kPagePositions]: a latent page's keys, column by column
+  float* tiles;   // attention_tile_floats()
+
+  int64_t sees[kAttentionRows];  // how many positions a row sees
 
   int64_t group() const { return job.heads / job.pages.heads; }
   int64_t token(int64_t row) const { return (tile.first + row) / group(); }
-  int64_t tokens() const {
-    return job.query_begin[tile.sequence + 1] - job.query_begin[tile.sequence];
-  }
-  // How many positions a row sees.
-  int64_t seen(int64_t row) const { return job.lengths[tile.sequence] - tokens() + token(row) + 1; }
+  int64_t seen(int64_t row) const { return sees[row]; }
 
   void load_queries() const {
     constexpr int V = Rows32<S>::kVectors;
@@ -179,38 +181,68 @@ struct Attend {
         Rows32<S>::store({q + r * size, 0, DType::f32}, 0, c, count, v);
       }
     }
+#if defined(KTCORE_TILES)
+    if (E::kBf16s > 0 && !job.pages.latent) {
+      PageTiles<S, E>(job.pages, tiles).load_queries(q, tile.rows);
+    }
+#endif
   }
 
   // The rows' powers of the scores of one page, in place of these; what they summed so far is brought
-  // in line with the new largest score.
+  // in line with the new largest score. As many rows at a time as a vector has lanes, with a lane for each where
+  // they are compared and summed up.
   void soften(const Mixed& sum, int64_t first, int64_t begin) const {
-    constexpr int V = static_cast<int>(kPagePositions) / S::kLanes;
+    constexpr int V = static_cast<int>(kPagePositions) / S::kLanes, L = S::kLanes;
     const int64_t stride = acc_stride(job.pages);
-    for (int64_t r = first; r < tile.rows; ++r) {
-      float* s = scores + r * kPagePositions;
-      for (int64_t i = seen(r) - begin; i < kPagePositions; ++i) s[i] = kNone;
-      typename S::F v[V];
-      for (int i = 0; i < V; ++i) v[i] = S::load(s + i * S::kLanes);
-      typename S::F most = v[0];
-      for (int i = 1; i < V; ++i) most = S::max(most, v[i]);
-      const float best = S::top(most), before = sum.top[r];
-      const float top = best > before ? best : before;
-      if (top != before) {
-        const float keep = exp1<S>(before - top);
-        sum.top[r] = top;
-        sum.total[r] *= keep;
-        const typename S::F keeps = S::set1(keep);
-        for (int64_t c = r * stride; c < (r + 1) * stride; c += S::kLanes) {
-          S::store(sum.acc + c, S::mul(S::load(sum.acc + c), keeps));
+    for (int64_t from = first / L * L; from < tile.rows; from += L) {
+      const int64_t end = from + L < tile.rows ? from + L : tile.rows;
+      alignas(64) float tops[L], keeps[L], totals[L];
+      typename S::F lanes[L];
+      for (int i = 0; i < L; ++i) {
+        const int64_t r = from + i;
+        lanes[i] = S::set1(kNone);
+        if (r < first || r >= end) continue;
+        float* s = scores + r * kPagePositions;
+        for (int64_t at = seen(r) - begin; at < kPagePositions; ++at) s[at] = kNone;
+        lanes[i] = S::load(s);
+        for (int v = 1; v < V; ++v) lanes[i] = S::max(lanes[i], S::load(s + v * L));
+      }
+      S::transpose(lanes);
+      for (int n = L / 2; n > 0; n /= 2) {
+        for (int i = 0; i < n; ++i) lanes[i] = S::max(lanes[i], lanes[i + n]);
+      }
+      const typename S::F before = S::load(sum.top + from);
+      const typename S::F top = S::max(lanes[0], before);  // of NaN and a number the latter
+      S::store(tops, top);
+      S::store(keeps, exp<S>(S::sub(before, top)));
+      for (int i = 0; i < L; ++i) {
+        const int64_t r = from + i;
+        lanes[i] = S::zero();
+        if (r < first || r >= end) continue;
+        float* s = scores + r * kPagePositions;
+        for (int v = 0; v < V; ++v) {
+          const typename S::F power = exp<S>(S::sub(S::load(s + v * L), S::set1(tops[i])));
+          S::store(s + v * L, power);
+          lanes[i] = S::add(lanes[i], power);
         }
       }
-      typename S::F all = S::zero();
-      for (int i = 0; i < V; ++i) {
-        v[i] = exp<S>(S::sub(v[i], S::set1(top)));
-        S::store(s + i * S::kLanes, v[i]);
-        all = S::add(all, v[i]);
+      S::transpose(lanes);
+      for (int n = L / 2; n > 0; n /= 2) {
+        for (int i = 0; i < n; ++i) lanes[i] = S::add(lanes[i], lanes[i + n]);
       }
-      sum.total[r] += S::sum(all);
+      S::store(totals, lanes[0]);
+      for (int64_t r = from < first ? first : from; r < end; ++r) {
+        const int64_t i = r - from;
+        if (tops[i] != sum.top[r]) {
+          sum.top[r] = tops[i];
+          sum.total[r] *= keeps[i];
+          const typename S::F factor = S::set1(keeps[i]);
+          for (int64_t c = r * stride; c < (r + 1) * stride; c += L) {
+            S::store(sum.acc + c, S::mul(S::load(sum.acc + c), factor));
+          }
+        }
+        sum.total[r] += totals[i];
+      }
     }
   }
 
@@ -281,6 +313,9 @@ struct Attend {
       sum.total[r] = 0.0f;
     }
     const int32_t* table = job.page_table + tile.sequence * job.table_stride;
+#if defined(KTCORE_TILES)
+    const TileScope scope(2, 16);
+#endif
     int64_t first = 0;  // rows see more the later they are
     for (; begin < end; begin += kPagePositions) {
       while (seen(first) <= begin) ++first;
@@ -292,26 +327,49 @@ struct Attend {
       const auto* values = static_cast<const typename E::T*>(pages.values) +
                            page * pages.value_stride +
                            tile.kv_head * pages.value_size * kPagePositions;
-      const auto score = [&]<class K>(const typename K::T* columns) {
+      const auto score = [&]<class K>(const typename K::T* columns, float* out) {
         by_rows<S>(first, tile.rows, [&](int64_t r, auto n) {
           score_rows<S, K, decltype(n)::value>(
               q + r * pages.key_size, pages.key_size, columns,
-              std::is_same_v<K, E> ? pages_on * pages.key_stride : 0, scores + r * kPagePositions);
+              std::is_same_v<K, E> ? pages_on * pages.key_stride : 0, out + r * kPagePositions);
         });
       };
-      if (pages.latent) {
-        turn(keys, end - begin);
-        score.template operator()<KvF32<S>>(turned);
-      } else {
-        score.template operator()<E>(keys);
-      }
-      soften(sum, first, begin);
       const auto count = [&](int64_t row) {
         const int64_t n = seen(row) - begin;
         return n < kPagePositions ? n : kPagePositions;
       };
-      load_tail(values, count(tile.rows - 1));
-      for (int64_t r = first; r < tile.rows;) {  // no row touches what it does not see
+      const int64_t most = count(tile.rows - 1);
+      int64_t mixed = first;  // rows before this one
+#if defined(KTCORE_TILES)
+      if (E::kBf16s > 0 && !pages.latent) {
+        const PageTiles<S, E> page(pages, tiles);
+        const uint32_t spoiled =
+            page.score(keys, pages_on * pages.key_stride, most, first, tile.rows, scores);
+        if (spoiled != 0) {
+          alignas(64) float plain[kAttentionRows * kPagePositions];
+          score.template operator()<E>(keys, plain);
+          for (int64_t at = first * kPagePositions; at < tile.rows * kPagePositions; ++at) {
+            if (spoiled >> at % kPagePositions & 1) scores[at] = plain[at];
+          }
+        }
+        soften(sum, first, begin);
+        const int64_t finite = page.load_values(values, pages_on * pages.value_stride, most);
+        while (mixed < tile.rows && count(mixed) <= finite) ++mixed;
+        page.mix(scores, first, mixed, count, sum.acc, acc_stride(pages));
+        if (mixed == tile.rows) continue;
+      } else
+#endif
+      {
+        if (pages.latent) {
+          turn(keys, end - begin);
+          score.template operator()<KvF32<S>>(turned, scores);
+        } else {
+          score.template operator()<E>(keys, scores);
+        }
+        soften(sum, first, begin);
+      }
+      load_tail(values, most);
+      for (int64_t r = mixed; r < tile.rows;) {  // no row touches what it does not see
         int64_t next = r + 1;
         while (next < tile.rows && count(next) == count(r)) ++next;
         mix(sum, r, next, values, count(r), pages_on * pages.value_stride);
@@ -351,7 +409,13 @@ static void attention_of(const AttentionJob& job, ThreadPool& pool) {
     float* work = job.work + thread * attention_work_floats(pages) + 2 * mixed;
     float* scores = work + kAttentionRows * pages.key_size;
     float* tail = scores + kAttentionRows * kPagePositions;
-    return Attend<S, E>{job, tile, work, scores, tail, tail + kPagePositions * kGroup};
+    float* turned = tail + kPagePositions * kGroup;
+    float* tiles = turned + (pages.latent ? pages.key_size * kPagePositions : 0);
+    Attend<S, E> a{job, tile, work, scores, tail, turned, tiles, {}};
+    const int64_t* begin = job.query_begin + tile.sequence;
+    const int64_t before = job.lengths[tile.sequence] - (begin[1] - begin[0]);
+    for (int64_t r = 0; r < tile.rows; ++r) a.sees[r] = before + a.token(r) + 1;
+    return a;
   };
   if (job.parts > 0) {
     parallel_for(pool, job.parts, [&](int64_t part, int thread) {

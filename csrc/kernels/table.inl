@@ -27,6 +27,9 @@
 #include "kernels/route.h"
 #include "kernels/norm.h"
 #include "kernels/rotary.h"
+#if defined(KTCORE_TILES)
+#include "kernels/attention_tiles.h"
+#endif
 #include "kernels/attention.h"
 #include "kernels/convert.h"
 #include "kernels/limits.h"

@@ -70,17 +70,21 @@ struct TilePanel {
 template <class S, bool kOneOfSeveral>
 class TileSums {
  public:
-  static constexpr int64_t kOut = kBlockRows * 4, kRow = TileCodec<S>::kGroupBytes;
+  static constexpr int64_t kRow = TileCodec<S>::kGroupBytes;
 
   KT_INLINE TileSums(const RowRegisters& registers, int rows, const uint8_t* tile, float* out)
-      : tiles_(registers.tiles), each_(registers.rows), rows_(rows), x_(tile), out_(out) {}
+      : TileSums(registers.tiles, registers.rows, rows, tile, out, kBlockRows) {}
+  // So many tiles of `each` rows, where `tile` has `rows`; `stride` numbers from one row of `out` to the next.
+  KT_INLINE TileSums(int tiles, int each, int64_t rows, const uint8_t* tile, float* out,
+                     int64_t stride)
+      : tiles_(tiles), each_(each), rows_(rows), x_(tile), out_(out), stride_(stride) {}
 
   // Goes on from what `out` holds, or from nothing.
   KT_INLINE void begin(bool continues) const {
     const auto one = [&](auto i, auto j) {
       constexpr int kSum = 2 * i() + j();
       if (continues) {
-        load<kSum>(out_ + first_row(i()) * kBlockRows + 16 * j(), kOut);
+        load<kSum>(out_ + first_row(i()) * stride_ + 16 * j(), stride_ * 4);
       } else {
         Tiles::zero<kSum>();
       }
@@ -94,11 +98,11 @@ class TileSums {
     if (tiles_ == 2) return add_tiles<2>(x, count, w, ahead);
     add_tiles<3>(x, count, w, ahead);
   }
-  KT_INLINE void end() const { store(out_); }
-  // The same, times scales: added to what `out` holds, if this continues that.
+  KT_INLINE void end() const { store(out_, stride_); }
+  // The same, times scales: added to what `out` holds, if this continues that. Of a block's rows alone.
   KT_INLINE void end_scaled(const float* scales, bool continues) const {
     alignas(64) float piece[48 * kBlockRows];
-    store(piece);
+    store(piece, kBlockRows);
     for (int v = 0; v < kBlockRows; v += S::kLanes) {
       const typename S::F factor = S::load(scales + v);
       for (int64_t at = v; at < rows_ * kBlockRows; at += kBlockRows) {
@@ -131,13 +135,13 @@ class TileSums {
       Tiles::load<T>(p, stride);
     }
   }
-  KT_INLINE int first_row(int tile) const {
-    const int at = tile * each_;
+  KT_INLINE int64_t first_row(int tile) const {
+    const int64_t at = tile * each_;
     return at + each_ > rows_ ? rows_ - each_ : at;
   }
-  KT_INLINE void store(float* out) const {
+  KT_INLINE void store(float* out, int64_t stride) const {
     each([&](auto i, auto j) {
-      Tiles::store<2 * i() + j()>(out + first_row(i()) * kBlockRows + 16 * j(), kOut);
+      Tiles::store<2 * i() + j()>(out + first_row(i()) * stride + 16 * j(), stride * 4);
     });
   }
   template <int kTiles>
@@ -176,9 +180,11 @@ class TileSums {
     }
   }
 
-  const int tiles_, each_, rows_;
+  const int tiles_, each_;
+  const int64_t rows_;
   const uint8_t* x_;
   float* out_;
+  const int64_t stride_;
 };
 
 // What all formats for tiles have in common. widen<kAsk>(layout, block, range, panel, prefetch, done) makes groups of
