@@ -9,6 +9,7 @@ takes ten to thirty minutes on two cores, the next seconds. Needs pip, CMake and
 
 import os
 import shutil
+import subprocess
 import sys
 import tarfile
 import tempfile
@@ -75,10 +76,22 @@ def build():
     cmake = shutil.which("cmake", path=beside) or shutil.which("cmake")
     if cmake is None:
         raise SetupError("CMake is missing: `pip install cmake`, or your system's package.")
-    run([cmake, "-S", str(SOURCE / "vendor" / "llama.cpp"), "-B", str(BUILD), *OPTIONS])
+    source = str(SOURCE / "vendor" / "llama.cpp")
+    run([cmake, "-S", source, "-B", str(BUILD), *OPTIONS, *for_compiler()])
     parallel = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
     run([cmake, "--build", str(BUILD), "--config", "Release", "--parallel", parallel,
          "--target", *TOOLS])  # fmt: skip
+
+
+def for_compiler():
+    """GCC 12 takes the set-up of AMX tiles for stores that nobody reads, and leaves them out: the
+    program then dies of an illegal instruction."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        return ()
+    said = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
+    gcc = b"Free Software Foundation" in said
+    return ("-DCMAKE_CXX_FLAGS=-fno-tree-dse -fno-dse",) if gcc else ()
 
 
 def run(command):
