@@ -37,6 +37,7 @@ def fresh(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("KTCORE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(figures, "_loaded", None)  # and what it becomes here is forgotten
     registry.use()
     yield
     registry.use()
