@@ -170,13 +170,6 @@ static inline F512 shuffle_f32x4(F512 a, F512 b) {
   for (int i = 0; i < 4; ++i) std::memcpy(to + 4 * i, from[i / 2] + 4 * (N >> 2 * i & 3), 16);
   return loadu_ps(to);
 }
-static inline float reduce_max_ps(F512 a) {
-  float v[16];
-  storeu_ps(v, a);
-  float most = v[0];
-  for (float x : v) most = x > most ? x : most;
-  return most;
-}
 static inline __m256i castsi512_si256(I512 a) { return a.lo; }
 static inline __m256 castps512_ps256(F512 a) { return a.lo; }
 template <int N>
@@ -295,7 +288,6 @@ static inline F512 dpbf16_ps(F512 acc, I512 a, I512 b) {
 #define _mm512_permutex2var_epi8 ::ktcore::emulated::permutex2var_epi8
 #define _mm512_reduce_add_ps ::ktcore::emulated::reduce_add_ps
 #define _mm512_reduce_max_epi32 ::ktcore::emulated::reduce_max_epi32
-#define _mm512_reduce_max_ps ::ktcore::emulated::reduce_max_ps
 #define _mm512_roundscale_ps(a, r) ::ktcore::emulated::roundscale_ps<r>(a)
 #define _mm512_scalef_ps ::ktcore::emulated::scalef_ps
 #define _mm512_set1_epi16 ::ktcore::emulated::set1_epi16

@@ -63,7 +63,6 @@ struct Simd {
   static KT_INLINE F ldexp(F a, F n) { return _mm512_scalef_ps(a, n); }
   static KT_INLINE F to_f32(I a) { return _mm512_cvtepi32_ps(a); }
   static KT_INLINE float sum(F a) { return _mm512_reduce_add_ps(a); }
-  static KT_INLINE float top(F a) { return _mm512_reduce_max_ps(a); }
 
   // Rows become columns.
   static KT_INLINE void transpose(F (&r)[kLanes]) {
