@@ -65,17 +65,10 @@ static int64_t row_bytes_of(int64_t cols) {
 
 template <class Format, int kPlanes = 1>
 static constexpr FormatKernels kernels_of() {
-  return {encode_tokens<Simd, Format>,
-          gate_up<Simd, Format>,
-          encode_mid_of<Format>(),
-          down_of<Format>(),
-          linear<Simd, Format>,
-          Format::kMaxRows,
-          max_rows_alone<Format>(),
-          tiles_of_portion<Format>,
-          kPlanes,
-          row_bytes_of<Format>,
-          kHasFine<Format>};
+  return {encode_tokens<Simd, Format>, gate_up<Simd, Format>,    encode_mid_of<Format>(),
+          down_of<Format>(),           linear<Simd, Format>,     Format::kMaxRows,
+          max_rows_alone<Format>(),    tiles_of_portion<Format>, kPlanes,
+          row_bytes_of<Format>,        kHasFine<Format>};
 }
 
 // Integers times activations of eight bits, where these will do and byte dot products are exact; else of
