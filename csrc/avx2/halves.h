@@ -28,9 +28,8 @@ static KT_INLINE void extremes(__m256 first_most, __m256 first_least, __m256 las
 }
 
 // The sums of two times 16 signed bytes.
-static KT_INLINE void byte_sums(const int8_t* bytes, int32_t* sum) {
-  const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
-  const __m256i biased = _mm256_xor_si256(raw, _mm256_set1_epi8(-128));
+static KT_INLINE void byte_sums(__m256i bytes, int32_t* sum) {
+  const __m256i biased = _mm256_xor_si256(bytes, _mm256_set1_epi8(-128));
   alignas(32) int64_t out[4];
   _mm256_store_si256(reinterpret_cast<__m256i*>(out),
                      _mm256_sad_epu8(biased, _mm256_setzero_si256()));

@@ -108,6 +108,10 @@ struct Simd {
   static KT_INLINE I twice16(I a) {
     return _mm256_or_si256(_mm256_and_si256(a, set1_i32(0xffff)), _mm256_slli_epi32(a, 16));
   }
+  // The lower 16 bits of the lanes of two vectors, side by side.
+  static KT_INLINE I pair16(I low, I high) {
+    return _mm256_blend_epi16(low, _mm256_slli_epi32(high, 16), 0xaa);
+  }
   static KT_INLINE I load_i(const uint8_t* p) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   }
@@ -210,11 +214,11 @@ struct Simd {
     extremes(max(v[0], v[1]), min(v[0], v[1]), max(v[2], v[3]), min(v[2], v[3]), most, minus_least);
   }
   // Rounds 32 values v * inverse to int8.
-  static KT_INLINE void quantize32(const F* v, F inverse, int8_t* out) {
+  static KT_INLINE __m256i quantize32(const F* v, F inverse) {
     I n[4];
     KT_UNROLL
     for (int i = 0; i < 4; ++i) n[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], inverse));
-    store_i(out, pack_bytes(n));
+    return pack_bytes(n);
   }
   // 32 integers that fit in bytes. The packs work within 128-bit halves; one permutation of 32-bit
   // words restores the order.

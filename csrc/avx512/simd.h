@@ -141,6 +141,10 @@ struct Simd {
   static KT_INLINE I twice16(I a) {
     return _mm512_or_si512(_mm512_and_si512(a, set1_i32(0xffff)), _mm512_slli_epi32(a, 16));
   }
+  // The lower 16 bits of the lanes of two vectors, side by side.
+  static KT_INLINE I pair16(I low, I high) {
+    return and_or(low, set1_i32(0xffff), _mm512_slli_epi32(high, 16));
+  }
   static KT_INLINE I load_i(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static KT_INLINE I xor_i(I a, I b) { return _mm512_xor_si512(a, b); }
   static KT_INLINE I and_i(I a, I b) { return _mm512_and_si512(a, b); }
@@ -233,12 +237,10 @@ struct Simd {
              most, minus_least);
   }
   // Rounds 32 values v * inverse to int8.
-  static KT_INLINE void quantize32(const F* v, F inverse, int8_t* out) {
-    KT_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      const I n = _mm512_cvtps_epi32(_mm512_mul_ps(v[i], inverse));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 16 * i), _mm512_cvtepi32_epi8(n));
-    }
+  static KT_INLINE __m256i quantize32(const F* v, F inverse) {
+    const __m128i first = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(v[0], inverse)));
+    const __m128i last = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(v[1], inverse)));
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(first), last, 1);
   }
 
   static KT_INLINE I add_i16(I a, I b) { return _mm512_add_epi16(a, b); }

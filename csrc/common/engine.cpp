@@ -85,7 +85,7 @@ const FormatKernels& kernels_for(const KernelTable& table, const WeightLayout& l
 }
 
 Rounding rounding(const FormatKernels& kernels, const WeightLayout& layout) {
-  return {kernels.planes, layout.largest_activation(), layout.byte_bias()};
+  return {kernels.planes, layout.largest_activation(), layout.short_bias()};
 }
 
 }  // namespace

@@ -125,6 +125,10 @@ struct WeightLayout {
     const bool table = format == WeightFormat::table4 || format == WeightFormat::table4_g16;
     return table || code_bits() == 8 || code_bits() == 0 ? 128 : bias;
   }
+  // The same where sums of 16 products with signed bytes have to fit in 16 bits: what is left out is an offset.
+  KT_INLINE int32_t short_bias() const {
+    return code_bits() == 5 && sets() == 1 ? 16 : byte_bias();
+  }
   // Bytes of the codes or numbers of one group of 32 columns of a block.
   KT_INLINE int64_t value_bytes() const {
     switch (format) {

@@ -93,9 +93,9 @@ static KT_INLINE void add_items(typename S::I (&sum)[V][R], const typename S::I 
 // columns, and end_sums widens them; with 6 they are widened here.
 template <int kBits>
 static constexpr bool kFitsPairs = 8 * 127 * ((1 << kBits) - 1) <= 32767;
-template <class S, int kBits, int Q, int V, int R>
+template <class S, int kBits, int Q, int V, int R, class Tile>
 static KT_INLINE void add_two(typename S::I (&sum)[V][R], const typename S::I (&first)[V],
-                              const typename S::I (&second)[V], const ByteTile<R>& x, int half) {
+                              const typename S::I (&second)[V], const Tile& x, int half) {
   static_assert(4 * 127 * ((1 << kBits) - 1) <= 32767);
   KT_UNROLL
   for (int r = 0; r < R; ++r) {
@@ -123,6 +123,46 @@ static KT_INLINE void end_sums(typename S::I (&sum)[V][R], const int32_t* starts
     KT_UNROLL
     for (int v = 0; v < V; ++v) sum[v][r] = S::add_i32(S::add_pairs(sum[v][r]), start);
   }
+}
+
+// The sums of products of a group's half of a panel, whose units begin at `weights`. Without byte dot products
+// end_sums, or what takes its place, is still to come.
+template <class S, int V, int R>
+static KT_INLINE void load_quad(typename S::I (&weight)[V], const uint8_t* unit) {
+  KT_UNROLL
+  for (int v = 0; v < V; ++v) {
+    weight[v] = S::load_i(unit + v * S::kLanes * 4);
+    if constexpr (R > 1) KT_IN_REGISTER(weight[v]);
+  }
+}
+template <class S, int kBits, int V, int R, class Tile>
+static KT_INLINE void sum_half(typename S::I (&sum)[V][R], const uint8_t* weights, const Tile& x,
+                               int half) {
+  const uint8_t* unit = weights + 4 * half * kUnitBytes;
+  if constexpr (S::kByteDots) {
+    start_sums<S, V, R>(sum, x.starts + half * R);
+    KT_UNROLL
+    for (int quad = 0; quad < 4; ++quad) {
+      typename S::I weight[V];
+      load_quad<S, V, R>(weight, unit + quad * kUnitBytes);
+      add_items<S, V, R>(sum, weight, x.items + (4 * half + quad) * 4 * R);
+    }
+  } else {
+    typename S::I first[V], second[V];
+    load_quad<S, V, R>(first, unit);
+    load_quad<S, V, R>(second, unit + kUnitBytes);
+    add_two<S, kBits, 0, V, R>(sum, first, second, x, half);
+    load_quad<S, V, R>(first, unit + 2 * kUnitBytes);
+    load_quad<S, V, R>(second, unit + 3 * kUnitBytes);
+    add_two<S, kBits, 2, V, R>(sum, first, second, x, half);
+  }
+}
+// V vectors of a set of 32 numbers, from `row` on.
+template <class S, int V>
+static KT_INLINE void load_set(typename S::F (&to)[V], const float* sets, int64_t set,
+                               int64_t row) {
+  KT_UNROLL
+  for (int v = 0; v < V; ++v) to[v] = S::load(sets + set * kBlockRows + row + v * S::kLanes);
 }
 
 // Panels of unsigned bytes, of which kBits are used, with kSets sets of scales a group: none, one, or two
@@ -153,32 +193,18 @@ struct BytePanel {
         KT_UNROLL
         for (int half = 0; half < 2; ++half) {
           I sum[V][R];
-          if constexpr (S::kByteDots) {
-            start_sums<S, V, R>(sum, x.starts + half * R);
-            KT_UNROLL
-            for (int quad = 4 * half; quad < 4 * half + 4; ++quad) {
-              I weight[V];
-              load_quad<V, R>(weight, 8 * g + quad, row);
-              add_items<S, V, R>(sum, weight, x.items + quad * 4 * R);
-            }
-          } else {
-            I first[V], second[V];
-            load_quad<V, R>(first, 8 * g + 4 * half, row);
-            load_quad<V, R>(second, 8 * g + 4 * half + 1, row);
-            add_two<S, kBits, 0, V, R>(sum, first, second, x, half);
-            load_quad<V, R>(first, 8 * g + 4 * half + 2, row);
-            load_quad<V, R>(second, 8 * g + 4 * half + 3, row);
-            add_two<S, kBits, 2, V, R>(sum, first, second, x, half);
-            end_sums<S, kBits, V, R>(sum, x.starts + half * R);
-          }
+          sum_half<S, kBits>(sum, weights + 8 * g * kUnitBytes + row * 4, x, half);
+          if constexpr (!S::kByteDots) end_sums<S, kBits, V, R>(sum, x.starts + half * R);
           F scale[V];
-          if constexpr (kSets > 0) load<V>(scales, kSets * g + (kSets == 2 ? half : 0), row, scale);
+          if constexpr (kSets > 0) {
+            load_set<S>(scale, scales, kSets * g + (kSets == 2 ? half : 0), row);
+          }
           add_half<S, (kSets > 0), V, R>(total, sum, scale, x.scales + half * R);
         }
         KT_UNROLL
         for (int half = 0; half < 2; ++half) {
           F sum[V];
-          load<V>(sums, 2 * g + half, row, sum);
+          load_set<S>(sum, sums, 2 * g + half, row);
           add_products<S, V, R>(total, sum, x.centres + half * R);
         }
         if constexpr (kSets > 0) {
@@ -186,7 +212,7 @@ struct BytePanel {
           KT_UNROLL
           for (int set = 0; set < kSets; ++set) {
             F offset[V];
-            load<V>(offsets, kSets * g + set, row, offset);
+            load_set<S>(offset, offsets, kSets * g + set, row);
             add_products<S, V, R>(total, offset, x.values + (kSets == 1 ? 2 : set) * R);
           }
         }
@@ -194,22 +220,87 @@ struct BytePanel {
       store_sums<S>(total, out, v0);
     }
   }
+};
 
- private:
-  template <int V, int R>
-  KT_INLINE void load_quad(I (&weight)[V], int64_t quad, int64_t row) const {
-    KT_UNROLL
-    for (int v = 0; v < V; ++v) {
-      weight[v] = S::load_i(weights + quad * kUnitBytes + (row + v * S::kLanes) * 4);
-      if constexpr (R > 1) KT_IN_REGISTER(weight[v]);
+// Codes as the unsigned bytes that stand for weights.
+template <class S, int kBits, bool kTable>
+struct ByteWeights {
+  using Code = Codes<S, kBits, kTable>;
+  using Quad = ByteQuads<S>;
+  using I = typename S::I;
+
+  // Adds four quads from number kFirst on to sums of products, and to those of the weights.
+  template <int kFirst, int V, int R, class Tile>
+  static KT_INLINE void add_quads(I (&sum)[V][R], I (&of_weights)[V], I (&low)[V], I (&high)[V],
+                                  const uint8_t* w, I levels, const Tile& x, Prefetch prefetch) {
+    I bytes[V];
+    if constexpr (S::kByteDots) {
+      start_sums<S, V, R>(sum, x.starts + kFirst / 4 * R);
+      add_quad<kFirst, V, R>(sum, of_weights, bytes, low, high, w, levels, x.items, prefetch);
+      add_quad<kFirst + 1, V, R>(sum, of_weights, bytes, low, high, w, levels, x.items, prefetch);
+      add_quad<kFirst + 2, V, R>(sum, of_weights, bytes, low, high, w, levels, x.items, prefetch);
+      add_quad<kFirst + 3, V, R>(sum, of_weights, bytes, low, high, w, levels, x.items, prefetch);
+    } else {
+      I first[V], second[V];
+      widen<kFirst, V>(first, of_weights, bytes, low, high, w, levels, prefetch);
+      widen<kFirst + 1, V>(second, of_weights, bytes, low, high, w, levels, prefetch);
+      add_two<S, kBits, 0, V, R>(sum, first, second, x, kFirst / 4);
+      widen<kFirst + 2, V>(first, of_weights, bytes, low, high, w, levels, prefetch);
+      widen<kFirst + 3, V>(second, of_weights, bytes, low, high, w, levels, prefetch);
+      add_two<S, kBits, 2, V, R>(sum, first, second, x, kFirst / 4);
     }
   }
-  template <int V>
-  static KT_INLINE void load(const float* from, int64_t set, int64_t row, F (&to)[V]) {
+  // Widens a group of a vector of rows, and adds its weights to the sums of each half.
+  static KT_INLINE void expand(const uint8_t* from, I levels, uint8_t* to, I (&of_weights)[2]) {
+    expand_quads(from, levels, to, of_weights, std::make_integer_sequence<int, 8>());
+  }
+
+ private:
+  // Whether the codes of four columns can be added up as bytes.
+  static constexpr bool kAddsBytes = !kTable && kBits <= 6;
+
+  template <int Q, int V, int R>
+  static KT_INLINE void add_quad(I (&sum)[V][R], I (&of_weights)[V], I (&bytes)[V], I (&low)[V],
+                                 I (&high)[V], const uint8_t* w, I levels, const uint8_t* items,
+                                 Prefetch prefetch) {
+    I weight[V];
+    widen<Q, V>(weight, of_weights, bytes, low, high, w, levels, prefetch);
+    add_items<S, V, R>(sum, weight, items + Q * 4 * R);
+  }
+  // Quad Q's weights, and their part of the sums of weights.
+  template <int Q, int V>
+  static KT_INLINE void widen(I (&weight)[V], I (&of_weights)[V], I (&bytes)[V], I (&low)[V],
+                              I (&high)[V], const uint8_t* w, I levels, Prefetch prefetch) {
+    if constexpr (Q % Code::kLowQuads == 0) {
+      load_units<S, V>(low, w + Code::kParts.low_unit(Q) * kUnitBytes, prefetch);
+    }
+    if constexpr (Code::kHigh > 0 && Q % Code::kHighQuads == 0) {
+      load_units<S, V>(high, w + Code::kParts.high_unit(Q) * kUnitBytes, prefetch);
+    }
     KT_UNROLL
     for (int v = 0; v < V; ++v) {
-      to[v] = S::load(from + set * kBlockRows + row + v * S::kLanes);
+      weight[v] = Code::template widen<Quad, Q>(low[v], Code::kHigh > 0 ? high[v] : low[v], levels);
+      bytes[v] = kAddsBytes && Q % 4 > 0 ? S::add_i8(bytes[v], weight[v]) : weight[v];
+      if constexpr (!kAddsBytes || Q % 4 == 3) {
+        of_weights[v] = S::dot_u8(of_weights[v], bytes[v], S::set1_i8(1));
+      }
     }
+  }
+  template <int... Q>
+  static KT_INLINE void expand_quads(const uint8_t* from, I levels, uint8_t* to, I (&of_weights)[2],
+                                     std::integer_sequence<int, Q...>) {
+    (expand_quad<Q>(from, levels, to, of_weights[Q / 4]), ...);
+  }
+  template <int Q>
+  static KT_INLINE void expand_quad(const uint8_t* from, I levels, uint8_t* to, I& of_weights) {
+    const I low = S::load_i(from + Code::kParts.low_unit(Q) * kUnitBytes);
+    I high = low;
+    if constexpr (Code::kHigh > 0) {
+      high = S::load_i(from + Code::kParts.high_unit(Q) * kUnitBytes);
+    }
+    const I weight = Code::template widen<Quad, Q>(low, high, levels);
+    of_weights = S::dot_u8(of_weights, weight, S::set1_i8(1));
+    S::store_i(to + Q * kUnitBytes, weight);
   }
 };
 
@@ -223,8 +314,9 @@ struct ByteCoded {
   using Fine = FineOf<S, kBits, kTable, kSets>;
   using Codec = ByteCodec<S>;
   using Panel = BytePanel<S, S::kByteDots ? 8 : kBits, kSets>;
-  using Code = Codes<S, kBits, kTable>;
-  using Quad = ByteQuads<S>;
+  using Weights = ByteWeights<S, kBits, kTable>;
+  using Code = typename Weights::Code;
+  using Quad = typename Weights::Quad;
   using I = typename S::I;
   using F = typename S::F;
   static constexpr int kMaxRows = S::kIntRows;
@@ -259,14 +351,16 @@ struct ByteCoded {
         KT_UNROLL
         for (int half = 0; half < 2; ++half) {
           I sum[V][R];
-          if constexpr (S::kByteDots) start_sums<S, V, R>(sum, x.starts + half * R);
           KT_UNROLL
           for (int v = 0; v < V; ++v) of_weights[half][v] = excess;
           if (half == 0) {
-            add_quads<0, V, R>(sum, of_weights[0], low, high, codes, levels, x, prefetch);
+            Weights::template add_quads<0>(sum, of_weights[0], low, high, codes, levels, x,
+                                           prefetch);
           } else {
-            add_quads<4, V, R>(sum, of_weights[1], low, high, codes, levels, x, prefetch);
+            Weights::template add_quads<4>(sum, of_weights[1], low, high, codes, levels, x,
+                                           prefetch);
           }
+          if constexpr (!S::kByteDots) end_sums<S, kBits, V, R>(sum, x.starts + half * R);
           if (half < kSets) {
             groups.template scales<V>(group, half, v0, scale[half]);
             if (groups.has_offsets()) groups.template offsets<V>(group, half, v0, offset[half]);
@@ -312,8 +406,8 @@ struct ByteCoded {
       for (int v = 0; v < kVectors; ++v) {
         const int64_t row = v * S::kLanes;
         I of_weights[2] = {excess, excess};
-        expand_quads(group + row * 4, levels, panel.weights + g * 8 * kUnitBytes + row * 4,
-                     of_weights, std::make_integer_sequence<int, 8>());
+        Weights::expand(group + row * 4, levels, panel.weights + g * 8 * kUnitBytes + row * 4,
+                        of_weights);
         F scale[2] = {S::zero(), S::zero()}, offset[2] = {S::zero(), S::zero()};
         for (int set = 0; set < kSets; ++set) {
           const int64_t at = (kSets * g + set) * kBlockRows + row;
@@ -338,81 +432,12 @@ struct ByteCoded {
   }
 
  private:
-  // Whether the codes of four columns can be added up as bytes.
-  static constexpr bool kAddsBytes = !kTable && kBits <= 6;
-
   // The sum of weights of 16 columns, out of that of the integers that they are before scales.
   static KT_INLINE F half_sum(I integers, F scale, F offset, bool has_offsets) {
     const F sum = S::to_f32(integers);
     if constexpr (kSets == 0) return sum;
     if (!has_offsets) return S::mul(sum, scale);
     return S::fma(sum, scale, S::mul(offset, S::set1(static_cast<float>(kGroup / 2))));
-  }
-
-  // Adds four quads from number kFirst on to sums of products, and to those of the weights.
-  template <int kFirst, int V, int R>
-  static KT_INLINE void add_quads(I (&sum)[V][R], I (&of_weights)[V], I (&low)[V], I (&high)[V],
-                                  const uint8_t* w, I levels, const ByteTile<R>& x,
-                                  Prefetch prefetch) {
-    I bytes[V];
-    if constexpr (S::kByteDots) {
-      add_quad<kFirst, V, R>(sum, of_weights, bytes, low, high, w, levels, x.items, prefetch);
-      add_quad<kFirst + 1, V, R>(sum, of_weights, bytes, low, high, w, levels, x.items, prefetch);
-      add_quad<kFirst + 2, V, R>(sum, of_weights, bytes, low, high, w, levels, x.items, prefetch);
-      add_quad<kFirst + 3, V, R>(sum, of_weights, bytes, low, high, w, levels, x.items, prefetch);
-    } else {
-      I first[V], second[V];
-      widen<kFirst, V>(first, of_weights, bytes, low, high, w, levels, prefetch);
-      widen<kFirst + 1, V>(second, of_weights, bytes, low, high, w, levels, prefetch);
-      add_two<S, kBits, 0, V, R>(sum, first, second, x, kFirst / 4);
-      widen<kFirst + 2, V>(first, of_weights, bytes, low, high, w, levels, prefetch);
-      widen<kFirst + 3, V>(second, of_weights, bytes, low, high, w, levels, prefetch);
-      add_two<S, kBits, 2, V, R>(sum, first, second, x, kFirst / 4);
-      end_sums<S, kBits, V, R>(sum, x.starts + kFirst / 4 * R);
-    }
-  }
-  template <int Q, int V, int R>
-  static KT_INLINE void add_quad(I (&sum)[V][R], I (&of_weights)[V], I (&bytes)[V], I (&low)[V],
-                                 I (&high)[V], const uint8_t* w, I levels, const uint8_t* items,
-                                 Prefetch prefetch) {
-    I weight[V];
-    widen<Q, V>(weight, of_weights, bytes, low, high, w, levels, prefetch);
-    add_items<S, V, R>(sum, weight, items + Q * 4 * R);
-  }
-  // Quad Q's weights, and their part of the sums of weights.
-  template <int Q, int V>
-  static KT_INLINE void widen(I (&weight)[V], I (&of_weights)[V], I (&bytes)[V], I (&low)[V],
-                              I (&high)[V], const uint8_t* w, I levels, Prefetch prefetch) {
-    if constexpr (Q % Code::kLowQuads == 0) {
-      load_units<S, V>(low, w + Code::kParts.low_unit(Q) * kUnitBytes, prefetch);
-    }
-    if constexpr (Code::kHigh > 0 && Q % Code::kHighQuads == 0) {
-      load_units<S, V>(high, w + Code::kParts.high_unit(Q) * kUnitBytes, prefetch);
-    }
-    KT_UNROLL
-    for (int v = 0; v < V; ++v) {
-      weight[v] = Code::template widen<Quad, Q>(low[v], Code::kHigh > 0 ? high[v] : low[v], levels);
-      bytes[v] = kAddsBytes && Q % 4 > 0 ? S::add_i8(bytes[v], weight[v]) : weight[v];
-      if constexpr (!kAddsBytes || Q % 4 == 3) {
-        of_weights[v] = S::dot_u8(of_weights[v], bytes[v], S::set1_i8(1));
-      }
-    }
-  }
-  template <int... Q>
-  static KT_INLINE void expand_quads(const uint8_t* from, I levels, uint8_t* to, I (&of_weights)[2],
-                                     std::integer_sequence<int, Q...>) {
-    (expand_quad<Q>(from, levels, to, of_weights[Q / 4]), ...);
-  }
-  template <int Q>
-  static KT_INLINE void expand_quad(const uint8_t* from, I levels, uint8_t* to, I& of_weights) {
-    const I low = S::load_i(from + Code::kParts.low_unit(Q) * kUnitBytes);
-    I high = low;
-    if constexpr (Code::kHigh > 0) {
-      high = S::load_i(from + Code::kParts.high_unit(Q) * kUnitBytes);
-    }
-    const I weight = Code::template widen<Quad, Q>(low, high, levels);
-    of_weights = S::dot_u8(of_weights, weight, S::set1_i8(1));
-    S::store_i(to + Q * kUnitBytes, weight);
   }
 };
 

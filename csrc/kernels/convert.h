@@ -88,7 +88,7 @@ static KT_INLINE void quantize_row_int8(const QuantizeJob& job, int64_t row) {
     const int64_t count = left < kGroup ? left : kGroup;
     Rows32<S>::load(job.x, row, g * kGroup, count, v);
     alignas(64) int8_t q[kGroup];
-    S::quantize32(v, inverse, q);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(q), S::quantize32(v, inverse));
     std::memcpy(out + g * kGroup, q, static_cast<size_t>(count));
   }
 }

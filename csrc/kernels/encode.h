@@ -101,6 +101,78 @@ struct Int16Codec {
   }
 };
 
+// Between which numbers the first and the last 16 of 32 columns lie, of which the first `count` are the token's:
+// those within `radius` of `centre`.
+template <class S>
+struct Spread {
+  float radius[2], centre[2];
+
+  Spread() = default;
+  KT_INLINE Spread(const typename S::F* v, int64_t count) {
+    float most[2], minus_least[2];
+    S::halves(v, most, minus_least);
+    for (int half = 0; half < 2; ++half) {
+      // Where others share 16 columns with the token's, there is no centre: zeros, which the weights there
+      // may not be, have to come out as zeros.
+      const bool whole = count >= (half + 1) * (kGroup / 2);
+      const float larger = most[half] > minus_least[half] ? most[half] : minus_least[half];
+      // (Halves, as the sum of the two may be infinite.)
+      radius[half] = whole ? 0.5f * most[half] + 0.5f * minus_least[half] : larger * (126.5f / 127);
+      centre[half] = whole ? 0.5f * most[half] - 0.5f * minus_least[half] : 0.0f;
+    }
+  }
+};
+
+// 32 columns as bytes: in each half, an activation is scale * n + centre.
+template <class S>
+struct ByteValues {
+  using F = typename S::F;
+  static constexpr int kVectors = static_cast<int>(kGroup / 2) / S::kLanes;  // of 16 columns
+  F n[2 * kVectors];
+  float scale[2], centre[2];
+
+  // `steps` is one over the scale, or zero.
+  KT_INLINE void round(const F* v, int half, float steps) {
+    for (int i = half * kVectors; i < (half + 1) * kVectors; ++i) {
+      n[i] = S::round(S::mul(S::sub(v[i], S::set1(centre[half])), S::set1(steps)));
+    }
+  }
+  // Writes the bytes, and their sums in each half.
+  KT_INLINE void store(int8_t* q, int32_t* sum) const {
+    const __m256i bytes = S::quantize32(n, S::set1(1));
+    byte_sums(bytes, sum);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(q), bytes);
+  }
+};
+
+static KT_INLINE int32_t nearest(float v) {
+  return static_cast<int32_t>(v + (v < 0 ? -0.5f : 0.5f));
+}
+
+// How much of a token bytes lose: the squares of its numbers, times a factor, and of what is left out of them.
+template <class S>
+struct ByteLoss {
+  using F = typename S::F;
+  float factor = 1;
+  F all = S::zero(), lost = S::zero();
+
+  KT_INLINE void add(const F* v, const ByteValues<S>& bytes) {
+    for (int i = 0; i < 2 * ByteValues<S>::kVectors; ++i) {
+      const int half = i / ByteValues<S>::kVectors;
+      const F from_centre = S::sub(v[i], S::set1(bytes.centre[half]));
+      const F rest = S::fma(bytes.n[i], S::set1(-bytes.scale[half]), from_centre);
+      const F value = S::mul(v[i], S::set1(factor)), left = S::mul(rest, S::set1(factor));
+      all = S::fma(value, value, all);
+      lost = S::fma(left, left, lost);
+    }
+  }
+  // More than 0.55 % of the token, as a few numbers that are far larger than all others may make of those
+  // near them: `moe` makes 0.76 of it.
+  KT_INLINE bool much() const { return S::sum(lost) > 0.0055f * 0.0055f * S::sum(all); }
+  // Whether no square was too large or too small to tell.
+  KT_INLINE bool known() const { return S::sum(all) >= 1e-24f && S::sum(all) <= 1e36f; }
+};
+
 // Signed bytes, with a scale and a centre for each 16 columns: an activation is scale * q + centre. With 16
 // columns and a centre between their smallest and their largest, `linear` loses 0.4 % (docs/design.md). A
 // centre is a multiple of its scale, so that zeros are exact, and numbers near zero beside a large one are
@@ -112,106 +184,34 @@ struct Int16Codec {
 template <class S>
 struct ByteCodec {
   using F = typename S::F;
-  static constexpr int64_t kHalf = kGroup / 2;
-  static constexpr int kVectors = static_cast<int>(kHalf) / S::kLanes;  // of 16 columns
-  static constexpr int64_t kWords = kGroup / 4 + 9;                     // of a group
+  using Loss = ByteLoss<S>;
+  static constexpr int64_t kWords = kGroup / 4 + 9;  // of a group
 
   static constexpr int64_t row_bytes(int64_t cols) { return ceil_div(cols, kGroup) * kWords * 4; }
 
-  // 32 columns as bytes, of which the first `count` are the token's.
-  struct Bytes {
-    F n[2 * kVectors];  // the q
-    float scale[2], centre[2];
-
-    KT_INLINE Bytes(const F* v, int64_t count) {
-      float most[2], minus_least[2];
-      S::halves(v, most, minus_least);
-      for (int half = 0; half < 2; ++half) {
-        // Where others share 16 columns with the token's, there is no centre: zeros, which the weights there
-        // may not be, have to come out as zeros.
-        const bool whole = count >= (half + 1) * kHalf;
-        const float larger = most[half] > minus_least[half] ? most[half] : minus_least[half];
-        // (Halves, as the sum of the two may be infinite.)
-        const float radius =
-            whole ? 0.5f * most[half] + 0.5f * minus_least[half] : larger * (126.5f / 127);
-        // Below this the reciprocal overflows: such columns are their centre for every practical purpose.
-        const float steps = radius >= 1e-30f ? 126.5f / radius : 0.0f;
-        scale[half] = steps > 0 ? radius * (1 / 126.5f) : 0.0f;
-        centre[half] = 0;
-        if (whole) {
-          centre[half] = 0.5f * most[half] - 0.5f * minus_least[half];
-          const float multiple = centre[half] * steps;
-          if (steps > 0 && multiple < 1e6f && multiple > -1e6f) {
-            centre[half] =
-                scale[half] *
-                static_cast<float>(static_cast<int32_t>(multiple + (multiple < 0 ? -0.5f : 0.5f)));
-          }
-        }
-        for (int i = half * kVectors; i < (half + 1) * kVectors; ++i) {
-          n[i] = S::round(S::mul(S::sub(v[i], S::set1(centre[half])), S::set1(steps)));
-        }
-      }
-    }
-  };
-
-  // How much of a token is lost: the squares of its numbers, times a factor, and of what is left out of them.
-  struct Loss {
-    float factor = 1;
-    F all = S::zero(), lost = S::zero();
-
-    KT_INLINE void add(const F* v, const Bytes& bytes) {
-      for (int i = 0; i < 2 * kVectors; ++i) {
-        const int half = i / kVectors;
-        const F from_centre = S::sub(v[i], S::set1(bytes.centre[half]));
-        const F rest = S::fma(bytes.n[i], S::set1(-bytes.scale[half]), from_centre);
-        const F value = S::mul(v[i], S::set1(factor)), left = S::mul(rest, S::set1(factor));
-        all = S::fma(value, value, all);
-        lost = S::fma(left, left, lost);
-      }
-    }
-    // More than 0.55 % of the token, as a few numbers that are far larger than all others may make of those
-    // near them: `moe` makes 0.76 of it.
-    KT_INLINE bool much() const { return S::sum(lost) > 0.0055f * 0.0055f * S::sum(all); }
-    // Whether no square was too large or too small to tell.
-    KT_INLINE bool known() const { return S::sum(all) >= 1e-24f && S::sum(all) <= 1e36f; }
-  };
-
-  static KT_INLINE void encode(const F* v, int64_t count, Rounding rounding, uint8_t* tile,
-                               int64_t rows, int64_t row, int64_t group, int64_t groups) {
-    put(v, Bytes(v, count), rounding, tile, rows, row, group, groups);
-  }
+  // The token adds to `loss`, if it is given.
+  template <class... Losses>
   static KT_INLINE void encode(const F* v, int64_t count, Rounding rounding, uint8_t* tile,
                                int64_t rows, int64_t row, int64_t group, int64_t groups,
-                               Loss& loss) {
-    const Bytes bytes(v, count);
-    loss.add(v, bytes);
-    put(v, bytes, rounding, tile, rows, row, group, groups);
-  }
-
-  static KT_INLINE void gather(const uint8_t* token, int, uint8_t* tile, int64_t rows, int64_t row,
-                               int64_t groups) {
-    copy_rows<4>(token, 1, tile, rows, row, groups * kWords);
-  }
-
- private:
-  static KT_INLINE void put(const F* v, Bytes bytes, Rounding rounding, uint8_t* tile, int64_t rows,
-                            int64_t row, int64_t group, int64_t groups) {
+                               Losses&... loss) {
+    ByteValues<S> bytes = bytes_of(v, count);
+    (loss.add(v, bytes), ...);
     const auto word = [&](int64_t before, int64_t size, int64_t i) {
       return tile + ((groups * before + group * size + i) * rows + row) * 4;
     };
     alignas(64) int8_t q[kGroup];
-    S::quantize32(bytes.n, S::set1(1), q);
+    int32_t sum[2];
+    bytes.store(q, sum);
     // An infinite or NaN value makes the whole token NaN, as the exact sum of products would be.
     if (!(S::absmax32(v) <= 3.4028235e38f)) {
       for (int half = 0; half < 2; ++half) {
         bytes.scale[half] = std::numeric_limits<float>::quiet_NaN();
         bytes.centre[half] = 0;
+        sum[half] = 0;
       }
       std::memset(q, 0, sizeof(q));
     }
     for (int64_t i = 0; i < kGroup / 4; ++i) std::memcpy(word(0, 8, i), q + 4 * i, 4);
-    int32_t sum[2];
-    byte_sums(q, sum);
     float value[3] = {};
     for (int half = 0; half < 2; ++half) {
       value[half] = bytes.scale[half] * static_cast<float>(sum[half]);
@@ -222,6 +222,130 @@ struct ByteCodec {
       std::memcpy(word(15, 2, half), &bytes.centre[half], 4);
     }
     for (int i = 0; i < 3; ++i) std::memcpy(word(12, 3, i), &value[i], 4);
+  }
+
+  static KT_INLINE void gather(const uint8_t* token, int, uint8_t* tile, int64_t rows, int64_t row,
+                               int64_t groups) {
+    copy_rows<4>(token, 1, tile, rows, row, groups * kWords);
+  }
+
+ private:
+  static KT_INLINE ByteValues<S> bytes_of(const F* v, int64_t count) {
+    const Spread<S> spread(v, count);
+    ByteValues<S> bytes;
+    for (int half = 0; half < 2; ++half) {
+      const float radius = spread.radius[half];
+      // Below this the reciprocal overflows: such columns are their centre for every practical purpose.
+      const float steps = radius >= 1e-30f ? 126.5f / radius : 0.0f;
+      bytes.scale[half] = steps > 0 ? radius * (1 / 126.5f) : 0.0f;
+      bytes.centre[half] = spread.centre[half];
+      const float multiple = spread.centre[half] * steps;
+      if (steps > 0 && multiple < 1e6f && multiple > -1e6f) {
+        bytes.centre[half] = bytes.scale[half] * static_cast<float>(nearest(multiple));
+      }
+      bytes.round(v, half, steps);
+    }
+    return bytes;
+  }
+};
+
+// The same where the sums of 16 products fit in 16 bits: the scales of a piece of the columns are multiples of
+// one unit, scale = factor * unit, so that sums are scaled and added up as integers. Both a factor and a centre in
+// units are 16 bits.
+//
+// item[K/4][R] of four q; factor[K/16][R], in the lower half of 32 bits or, where pairs of columns are summed in 16
+// bits, in both; start[K/16][R] i32 as above, or for these pairs times the factor; centre[K/32][R], two i16, in units;
+// value[K/32][R] f32, of 32 columns, in units, which the weights' offsets multiply; unit[K/512][R] f32.
+template <class S>
+struct ShortCodec {
+  using F = typename S::F;
+  using Loss = ByteLoss<S>;
+  static constexpr int kVectors = Rows32<S>::kVectors;
+  static constexpr int64_t kPieceGroups = 16;        // that share a unit
+  static constexpr int64_t kWords = kGroup / 4 + 6;  // of a group
+  // As a centre is rounded to a multiple of its scale, it may grow by half of the largest factor. With such factors
+  // the integer sums of a whole piece fit in 32 bits: 32 * 16 * 127 * 16 * 1001, and what centres add.
+  static constexpr float kLargestCentre = 32000, kLargestFactor = 1000;
+
+  static constexpr int64_t row_bytes(int64_t cols) {
+    const int64_t groups = ceil_div(cols, kGroup);
+    return (groups * kWords + ceil_div(groups, kPieceGroups)) * 4;
+  }
+
+  // Groups [first, first + count) of a token, the next piece; `left` columns are left.
+  template <class... Losses>
+  static KT_INLINE void encode(const F (*v)[kVectors], int64_t count, int64_t left,
+                               Rounding rounding, uint8_t* tile, int64_t rows, int64_t row,
+                               int64_t first, int64_t groups, Losses&... loss) {
+    // Of the halves, of which there are as many as a group has columns.
+    static_assert(2 * kPieceGroups == kGroup);
+    alignas(64) float radius[kGroup] = {}, centre[kGroup] = {}, factor[kGroup], steps[kGroup];
+    F not_finite = S::zero();  // NaN if a number is not
+    for (int64_t g = 0; g < count; ++g) {
+      const Spread<S> spread(v[g], left - g * kGroup);
+      for (int half = 0; half < 2; ++half) {
+        radius[2 * g + half] = spread.radius[half];
+        centre[2 * g + half] = spread.centre[half];
+      }
+      for (F each : v[g]) not_finite = S::fma(each, S::zero(), not_finite);
+    }
+    const bool finite = S::sum(not_finite) == 0;
+    F radii[kVectors], centres[kVectors];
+    for (int i = 0; i < kVectors; ++i) {
+      radii[i] = finite ? S::load(radius + i * S::kLanes) : S::zero();
+      centres[i] = finite ? S::load(centre + i * S::kLanes) : S::zero();
+    }
+    const float of_centres = S::absmax32(centres) * (1 / kLargestCentre);
+    const float of_scales = S::absmax32(radii) * (1 / (126.5f * kLargestFactor));
+    float unit = of_centres > of_scales ? of_centres : of_scales;
+    // Below this the reciprocal overflows: such columns are zero for every practical purpose.
+    if (unit < 1e-36f) unit = 0;
+    const float units = unit > 0 ? 1 / unit : 0.0f;
+    for (int i = 0; i < kVectors; ++i) {
+      const F least = S::mul(radii[i], S::set1(units * (1 / 126.5f)));
+      const F whole = S::max(S::round(S::add(least, S::set1(0.5f))), S::set1(1));
+      const F inverse = S::div(S::set1(units), whole);
+      S::store(factor + i * S::kLanes, whole);
+      S::store(steps + i * S::kLanes, inverse);
+      S::store(centre + i * S::kLanes, S::mul(whole, S::round(S::mul(centres[i], inverse))));
+    }
+    for (int64_t g = 0; g < count; ++g) {
+      const auto word = [&](int64_t before, int64_t size, int64_t i) {
+        return tile + ((groups * before + (first + g) * size + i) * rows + row) * 4;
+      };
+      ByteValues<S> bytes;
+      for (int half = 0; half < 2; ++half) {
+        const int64_t at = 2 * g + half;
+        bytes.scale[half] = unit * factor[at];
+        bytes.centre[half] = unit * centre[at];
+        bytes.round(v[g], half, steps[at]);
+      }
+      (loss.add(v[g], bytes), ...);
+      alignas(64) int8_t q[kGroup];
+      int32_t sum[2], value = 0;
+      bytes.store(q, sum);
+      for (int64_t i = 0; i < kGroup / 4; ++i) std::memcpy(word(0, 8, i), q + 4 * i, 4);
+      for (int half = 0; half < 2; ++half) {
+        const auto of_half = static_cast<int32_t>(factor[2 * g + half]);
+        const int32_t stored = of_half * (S::kByteDots ? 1 : 0x10001);
+        const int32_t start = -rounding.byte_bias * sum[half] * (S::kByteDots ? 1 : of_half);
+        const auto units_of_centre = static_cast<int16_t>(centre[2 * g + half]);
+        std::memcpy(word(8, 2, half), &stored, 4);
+        std::memcpy(word(10, 2, half), &start, 4);
+        std::memcpy(word(12, 1, 0) + 2 * half, &units_of_centre, 2);
+        value += of_half * sum[half] + static_cast<int32_t>(kGroup / 2) * units_of_centre;
+      }
+      const auto sum_of_32 = static_cast<float>(value);
+      std::memcpy(word(13, 1, 0), &sum_of_32, 4);
+    }
+    // An infinite or NaN value makes the whole token NaN, as the exact sum of products would be.
+    if (!finite) unit = std::numeric_limits<float>::quiet_NaN();
+    std::memcpy(tile + ((groups * kWords + first / kPieceGroups) * rows + row) * 4, &unit, 4);
+  }
+
+  static KT_INLINE void gather(const uint8_t* token, int, uint8_t* tile, int64_t rows, int64_t row,
+                               int64_t groups) {
+    copy_rows<4>(token, 1, tile, rows, row, row_bytes(groups * kGroup) / 4);
   }
 };
 

@@ -10,15 +10,30 @@ static void encode_token(const ConstRows& x, int64_t token, int64_t cols, const 
                          Rounding rounding, uint8_t* tile, int64_t rows, int64_t row,
                          Loss&... loss) {
   const int64_t groups = ceil_div(cols, kGroup);
-  for (int64_t g = 0; g < groups; ++g) {
+  const auto load = [&](int64_t g, typename S::F* v) {
     const int64_t left = cols - g * kGroup, count = left < kGroup ? left : kGroup;
-    typename S::F v[Rows32<S>::kVectors];
     if (columns == nullptr) {
       Rows32<S>::load(x, token, g * kGroup, count, v);
     } else {
       Rows32<S>::load_listed(x, token, columns + g * kGroup, count, v);
     }
-    Codec::encode(v, count, rounding, tile, rows, row, g, groups, loss...);
+    return count;
+  };
+  if constexpr (requires { Codec::kPieceGroups; }) {
+    for (int64_t first = 0; first < groups; first += Codec::kPieceGroups) {
+      const int64_t left = groups - first;
+      const int64_t count = left < Codec::kPieceGroups ? left : Codec::kPieceGroups;
+      typename S::F v[Codec::kPieceGroups][Rows32<S>::kVectors];
+      for (int64_t g = 0; g < count; ++g) load(first + g, v[g]);
+      Codec::encode(v, count, cols - first * kGroup, rounding, tile, rows, row, first, groups,
+                    loss...);
+    }
+  } else {
+    for (int64_t g = 0; g < groups; ++g) {
+      typename S::F v[Rows32<S>::kVectors];
+      const int64_t count = load(g, v);
+      Codec::encode(v, count, rounding, tile, rows, row, g, groups, loss...);
+    }
   }
 }
 

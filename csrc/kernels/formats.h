@@ -1125,7 +1125,7 @@ KT_NOINLINE static void multiply(const WeightLayout& layout, const uint8_t* bloc
       // Where the sums of a tile of three rows and more do not fit in registers, it goes through the weights
       // more than once: a range at a time, which stays in the first-level cache, or each pass would read memory.
       constexpr bool kFits = kBlockRows / S::kLanes <= 2;
-      const int64_t step = kFits || tiles[0].tokens * planes <= 2 ? groups : kPanelGroups;
+      const int64_t step = kFits || tiles[0].tokens * planes <= 2 ? groups : kDirectGroups;
       for (int64_t first = 0; first < groups; first += step) {
         const int64_t left = groups - first;
         dot(0, {first, left < step ? left : step, groups}, Ahead<S>{block, 0, 1});

@@ -18,6 +18,7 @@
 #include "kernels/encode.h"
 #include "kernels/formats.h"
 #include "kernels/bytes.h"
+#include "kernels/short_sums.h"
 #if defined(KTCORE_TILES)
 #include "kernels/tiles.h"
 #endif
@@ -75,10 +76,12 @@ static constexpr FormatKernels kernels_of() {
 // sixteen, which are nearly exact.
 template <Accuracy kAccuracy, int kBits, bool kTable, int kSets>
 static constexpr FormatKernels coded() {
-  if constexpr (takes_bytes(kBits, kTable) && kAccuracy == Accuracy::int8) {
-    return kernels_of<ByteCoded<Simd, kBits, kTable, kSets>>();
-  } else {
+  if constexpr (!takes_bytes(kBits, kTable) || kAccuracy != Accuracy::int8) {
     return kernels_of<Coded<Simd, kBits, kTable, kSets>>();
+  } else if constexpr (kBits <= 5 && !kTable && kSets == 1) {
+    return kernels_of<ShortCoded<Simd, kBits>>();
+  } else {
+    return kernels_of<ByteCoded<Simd, kBits, kTable, kSets>>();
   }
 }
 template <Accuracy kAccuracy>

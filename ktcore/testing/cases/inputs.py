@@ -37,6 +37,8 @@ def activations(kind: str, tokens: int, columns: int, dtype: torch.dtype, seed: 
         x[:, columns // 2] *= 1000
     elif kind == "some_outliers":  # in every second token, ever larger ones
         x[::2, columns // 2] *= torch.logspace(0, 4, len(x[::2]))
+    elif kind == "off_centre":  # numbers far from zero beside others that are not
+        x[:, columns // 3 :] += 100
     elif kind == "uneven":  # tokens of very different size
         x = x * torch.logspace(-4, 4, tokens)[:, None]
     elif kind == "nan":
@@ -108,6 +110,7 @@ LONG_ROWS = {
     "x outlier": {"x": "outlier"},
     "x outlier bfloat16": {"x": "outlier", "dtype": torch.bfloat16},
     "x outlier in some": {"x": "some_outliers", "brief": True},
+    "x off centre": {"x": "off_centre", "brief": True},
     "x uneven": {"x": "uneven"},
     "exact": {"exact": True},
 }

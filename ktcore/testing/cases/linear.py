@@ -161,6 +161,9 @@ def _cases() -> list[LinearCase]:
         for t in (1, 2, 3, 5, 13, 17, 64, 513)
     ]
     out += [
+        LinearCase(f"1568 columns tokens={t}", (256, 1568), (t,), brief=True) for t in (1, 5, 20)
+    ]
+    out += [
         LinearCase(f"545 columns {name}", (270, 545), **case)
         for name, case in {
             **inputs.LONG_ROWS,
