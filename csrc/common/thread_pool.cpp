@@ -1,5 +1,6 @@
 #include "common/thread_pool.h"
 
+#include <chrono>
 #include <thread>
 #include <utility>
 
@@ -24,8 +25,13 @@ int available_cpus() {
   return n > 0 ? n : 1;
 }
 
-// About 20-40 microseconds of spinning, longer than the gap between two phases of one operator.
+// How often the caller looks whether the workers are done before it parks: for some tens of microseconds.
 constexpr int kSpins = 1000;
+// How long a worker looks for the next job before it parks: waking it takes the caller some 20 microseconds, and as
+// many again pass until it runs. Longer than what Python takes between two operators beside weights that
+// stream through the caches. It gives the core to whoever else wants it meanwhile.
+constexpr std::chrono::microseconds kLinger{100};
+constexpr int kSpinsBetweenLooks = 20;
 
 }  // namespace
 
@@ -107,13 +113,22 @@ void ThreadPool::run(int64_t count, Task task, void* context) {
   }
 }
 
+void ThreadPool::linger(uint32_t seen) const {
+  const auto end = std::chrono::steady_clock::now() + kLinger;
+  do {
+    for (int spin = 0; spin < kSpinsBetweenLooks; ++spin) {
+      if (epoch_.load(std::memory_order_acquire) != seen) return;
+      cpu_relax();
+    }
+    std::this_thread::yield();
+  } while (std::chrono::steady_clock::now() < end);
+}
+
 void ThreadPool::worker(int thread) {
   if (nodes_.size() > 1) stay_on_node(nodes_[static_cast<size_t>(node_of(thread))]);
   uint32_t seen = 0;
   for (;;) {
-    for (int spin = 0; epoch_.load(std::memory_order_acquire) == seen && spin < spins_; ++spin) {
-      cpu_relax();
-    }
+    if (spins_ > 0) linger(seen);
     while (epoch_.load() == seen) {
       parked_.fetch_add(1);
       if (epoch_.load() == seen) futex_wait(epoch_, seen);

@@ -44,6 +44,8 @@ class ThreadPool {
   void worker(int thread);
   void work(int thread);
   void take(int owner, int thread);
+  // Spins for a while, as long as no job but that one has opened.
+  void linger(uint32_t seen) const;
   // The number of a thread's node among nodes_, and a node's first thread; of the one after the last, size().
   int node_of(int thread) const;
   int first_thread(int node) const { return threads_ * node / static_cast<int>(nodes_.size()); }
