@@ -125,8 +125,7 @@ static KT_INLINE void end_sums(typename S::I (&sum)[V][R], const int32_t* starts
   }
 }
 
-// The sums of products of a group's half of a panel, whose units begin at `weights`. Without byte dot products
-// end_sums, or what takes its place, is still to come.
+// A quad of a panel.
 template <class S, int V, int R>
 static KT_INLINE void load_quad(typename S::I (&weight)[V], const uint8_t* unit) {
   KT_UNROLL
@@ -135,6 +134,8 @@ static KT_INLINE void load_quad(typename S::I (&weight)[V], const uint8_t* unit)
     if constexpr (R > 1) KT_IN_REGISTER(weight[v]);
   }
 }
+// The sums of products of a group's half of a panel, whose units begin at `weights`. Without byte dot products
+// end_sums, or what takes its place, is still to come.
 template <class S, int kBits, int V, int R, class Tile>
 static KT_INLINE void sum_half(typename S::I (&sum)[V][R], const uint8_t* weights, const Tile& x,
                                int half) {

@@ -107,7 +107,6 @@ template <class S>
 struct Spread {
   float radius[2], centre[2];
 
-  Spread() = default;
   KT_INLINE Spread(const typename S::F* v, int64_t count) {
     float most[2], minus_least[2];
     S::halves(v, most, minus_least);

@@ -6,10 +6,9 @@
 
 namespace ktcore::KTCORE_ISA {
 
-// Where the parts of a tile of ShortCodec are, from a group on.
-template <int R>
+// Where the parts of a tile of ShortCodec are, from a group on, the first of a piece.
+template <class S, int R>
 struct ShortTile {
-  static constexpr int64_t kPieceGroups = 16;
   const uint8_t* items;
   const uint8_t* factors;  // of 16 columns
   const int32_t* starts;   // of 16 columns
@@ -17,19 +16,18 @@ struct ShortTile {
   const float* values;     // of 32 columns
   const float* units;      // of a piece
 
-  template <class S>
-  static KT_INLINE ShortTile of(const uint8_t* tile, int64_t groups, int64_t first) {
+  KT_INLINE ShortTile(const uint8_t* tile, int64_t groups, int64_t first) {
     using Codec = ShortCodec<S>;
-    static_assert(kPieceGroups == Codec::kPieceGroups);
     const auto part = [&](int64_t before, int64_t size) {
       return tile + (groups * before + first * size) * 4 * R;
     };
-    return {part(0, 8),
-            part(8, 2),
-            reinterpret_cast<const int32_t*>(part(10, 2)),
-            part(12, 1),
-            reinterpret_cast<const float*>(part(13, 1)),
-            reinterpret_cast<const float*>(part(Codec::kWords, 0)) + first / kPieceGroups * R};
+    items = part(0, 8);
+    factors = part(8, 2);
+    starts = reinterpret_cast<const int32_t*>(part(10, 2));
+    centres = part(12, 1);
+    values = reinterpret_cast<const float*>(part(13, 1));
+    units =
+        reinterpret_cast<const float*>(part(Codec::kWords, 0)) + first / Codec::kPieceGroups * R;
   }
   KT_INLINE void next() {
     items += 32 * R;
@@ -43,7 +41,7 @@ struct ShortTile {
 // Begins a group: the sums go on with what its centres add and, without byte dot products, with the starts.
 template <class S, int V, int R>
 static KT_INLINE void add_centres(typename S::I (&total)[V][R],
-                                  const typename S::I (&of_weights)[V], const ShortTile<R>& x) {
+                                  const typename S::I (&of_weights)[V], const ShortTile<S, R>& x) {
   KT_UNROLL
   for (int r = 0; r < R; ++r) {
     const typename S::I centre = S::broadcast4(x.centres + 4 * r);
@@ -108,7 +106,7 @@ template <class S, int kBits>
 struct ShortPanel {
   using F = typename S::F;
   using I = typename S::I;
-  static constexpr int64_t kGroups = ShortTile<1>::kPieceGroups;
+  static constexpr int64_t kGroups = ShortCodec<S>::kPieceGroups;
   alignas(64) uint8_t weights[kGroups * 8 * kUnitBytes];  // [quad][32 rows][4 columns]
   alignas(64) float scales[kGroups * kBlockRows];         // [group][32 rows]
   alignas(64) float offsets[kGroups * kBlockRows];        // where has_offsets
@@ -122,7 +120,7 @@ struct ShortPanel {
     constexpr int V = vectors_at_once<S>(R, S::kIntCells);
     for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
       const int64_t row = v0 * S::kLanes;
-      auto x = ShortTile<R>::template of<S>(tile, range.groups, range.first);
+      ShortTile<S, R> x(tile, range.groups, range.first);
       F piece[V][R];
       I total[V][R];
       clear_sums<S>(piece);
@@ -180,7 +178,7 @@ struct ShortCoded {
     Groups<S, 1> groups(layout, Code::kBytes, block);
     const bool has_offsets = adds_offsets(layout, groups);
     for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
-      auto x = ShortTile<R>::template of<S>(tile, range.groups, range.first);
+      ShortTile<S, R> x(tile, range.groups, range.first);
       F piece[V][R];
       I total[V][R];
       clear_sums<S>(piece);
