@@ -115,13 +115,15 @@ static KT_INLINE void add_two(typename S::I (&sum)[V][R], const typename S::I (&
   }
 }
 template <class S, int kBits, int V, int R>
-static KT_INLINE void end_sums(typename S::I (&sum)[V][R], const int32_t* starts) {
-  if constexpr (!kFitsPairs<kBits>) return;
-  KT_UNROLL
-  for (int r = 0; r < R; ++r) {
-    const typename S::I start = S::set1_i32(starts[r]);
+static KT_INLINE void end_sums([[maybe_unused]] typename S::I (&sum)[V][R],
+                               [[maybe_unused]] const int32_t* starts) {
+  if constexpr (!S::kByteDots && kFitsPairs<kBits>) {
     KT_UNROLL
-    for (int v = 0; v < V; ++v) sum[v][r] = S::add_i32(S::add_pairs(sum[v][r]), start);
+    for (int r = 0; r < R; ++r) {
+      const typename S::I start = S::set1_i32(starts[r]);
+      KT_UNROLL
+      for (int v = 0; v < V; ++v) sum[v][r] = S::add_i32(S::add_pairs(sum[v][r]), start);
+    }
   }
 }
 
@@ -195,7 +197,7 @@ struct BytePanel {
         for (int half = 0; half < 2; ++half) {
           I sum[V][R];
           sum_half<S, kBits>(sum, weights + 8 * g * kUnitBytes + row * 4, x, half);
-          if constexpr (!S::kByteDots) end_sums<S, kBits, V, R>(sum, x.starts + half * R);
+          end_sums<S, kBits>(sum, x.starts + half * R);
           F scale[V];
           if constexpr (kSets > 0) {
             load_set<S>(scale, scales, kSets * g + (kSets == 2 ? half : 0), row);
@@ -230,6 +232,28 @@ struct ByteWeights {
   using Quad = ByteQuads<S>;
   using I = typename S::I;
 
+  // The sums of products of a group's half, as of a panel's, and those of its weights, which begin with `excess`.
+  template <int V, int R, class Tile>
+  static KT_INLINE void sum_half(int half, I (&sum)[V][R], I (&of_weights)[V], I excess,
+                                 I (&low)[V], I (&high)[V], const uint8_t* w, I levels,
+                                 const Tile& x, Prefetch prefetch) {
+    KT_UNROLL
+    for (int v = 0; v < V; ++v) of_weights[v] = excess;
+    if (half == 0) {
+      add_quads<0>(sum, of_weights, low, high, w, levels, x, prefetch);
+    } else {
+      add_quads<4>(sum, of_weights, low, high, w, levels, x, prefetch);
+    }
+  }
+  // Widens a group of a vector of rows, and adds its weights to the sums of each half.
+  static KT_INLINE void expand(const uint8_t* from, I levels, uint8_t* to, I (&of_weights)[2]) {
+    expand_quads(from, levels, to, of_weights, std::make_integer_sequence<int, 8>());
+  }
+
+ private:
+  // Whether the codes of four columns can be added up as bytes.
+  static constexpr bool kAddsBytes = !kTable && kBits <= 6;
+
   // Adds four quads from number kFirst on to sums of products, and to those of the weights.
   template <int kFirst, int V, int R, class Tile>
   static KT_INLINE void add_quads(I (&sum)[V][R], I (&of_weights)[V], I (&low)[V], I (&high)[V],
@@ -251,15 +275,6 @@ struct ByteWeights {
       add_two<S, kBits, 2, V, R>(sum, first, second, x, kFirst / 4);
     }
   }
-  // Widens a group of a vector of rows, and adds its weights to the sums of each half.
-  static KT_INLINE void expand(const uint8_t* from, I levels, uint8_t* to, I (&of_weights)[2]) {
-    expand_quads(from, levels, to, of_weights, std::make_integer_sequence<int, 8>());
-  }
-
- private:
-  // Whether the codes of four columns can be added up as bytes.
-  static constexpr bool kAddsBytes = !kTable && kBits <= 6;
-
   template <int Q, int V, int R>
   static KT_INLINE void add_quad(I (&sum)[V][R], I (&of_weights)[V], I (&bytes)[V], I (&low)[V],
                                  I (&high)[V], const uint8_t* w, I levels, const uint8_t* items,
@@ -352,16 +367,9 @@ struct ByteCoded {
         KT_UNROLL
         for (int half = 0; half < 2; ++half) {
           I sum[V][R];
-          KT_UNROLL
-          for (int v = 0; v < V; ++v) of_weights[half][v] = excess;
-          if (half == 0) {
-            Weights::template add_quads<0>(sum, of_weights[0], low, high, codes, levels, x,
-                                           prefetch);
-          } else {
-            Weights::template add_quads<4>(sum, of_weights[1], low, high, codes, levels, x,
-                                           prefetch);
-          }
-          if constexpr (!S::kByteDots) end_sums<S, kBits, V, R>(sum, x.starts + half * R);
+          Weights::sum_half(half, sum, of_weights[half], excess, low, high, codes, levels, x,
+                            prefetch);
+          end_sums<S, kBits>(sum, x.starts + half * R);
           if (half < kSets) {
             groups.template scales<V>(group, half, v0, scale[half]);
             if (groups.has_offsets()) groups.template offsets<V>(group, half, v0, offset[half]);

@@ -128,6 +128,14 @@ static KT_INLINE void clear_sums(typename S::F (&sum)[V][R]) {
     for (int r = 0; r < R; ++r) sum[v][r] = S::zero();
   }
 }
+template <class S, int V, int R>
+static KT_INLINE void clear_sums(typename S::I (&sum)[V][R]) {
+  KT_UNROLL
+  for (int v = 0; v < V; ++v) {
+    KT_UNROLL
+    for (int r = 0; r < R; ++r) sum[v][r] = S::zero_i();
+  }
+}
 // The sums that a range adds to: none before the first.
 template <class S, int V, int R>
 static KT_INLINE void begin_sums(Range range, typename S::F (&sum)[V][R], const float* out,
@@ -205,11 +213,7 @@ struct Int16Panel {
       for (int64_t piece = 0; piece < range.count * kPieces; ++piece) {
         if (v0 == 0 && piece % kPieces == 0) ahead.step();
         typename S::I sum[V][R];
-        KT_UNROLL
-        for (int v = 0; v < V; ++v) {
-          KT_UNROLL
-          for (int r = 0; r < R; ++r) sum[v][r] = S::zero_i();
-        }
+        clear_sums<S>(sum);
         // Four pairs a round: unrolled further, compilers keep products instead of sums.
         for (int round = 0; round < static_cast<int>(kGroup) / 8 / kPieces; ++round) {
           KT_UNROLL

@@ -92,14 +92,6 @@ static KT_INLINE void add_units(const typename S::F (&piece)[V][R], const float*
     }
   }
 }
-template <class S, int V, int R>
-static KT_INLINE void clear_sums_i(typename S::I (&sum)[V][R]) {
-  KT_UNROLL
-  for (int v = 0; v < V; ++v) {
-    KT_UNROLL
-    for (int r = 0; r < R; ++r) sum[v][r] = S::zero_i();
-  }
-}
 
 // A piece of a block's columns.
 template <class S, int kBits>
@@ -124,7 +116,7 @@ struct ShortPanel {
       F piece[V][R];
       I total[V][R];
       clear_sums<S>(piece);
-      clear_sums_i<S>(total);
+      clear_sums<S>(total);
       for (int64_t g = 0; g < range.count; ++g, x.next()) {
         if (v0 == 0) ahead.step();
         I of_weights[V], sum[V][R];
@@ -167,6 +159,8 @@ struct ShortCoded {
   static constexpr int kMaxRows = S::kIntRows;
   static constexpr int kDirectTiles = 2, kDirectRows = 0;
   static constexpr bool kOverwrites = true;
+  // So that every range of columns begins with a piece.
+  static_assert(kDirectGroups % Panel::kGroups == 0);
 
   template <int R>
   KT_NOINLINE static void dot(const WeightLayout& layout, const uint8_t* block, Range range,
@@ -182,7 +176,7 @@ struct ShortCoded {
       F piece[V][R];
       I total[V][R];
       clear_sums<S>(piece);
-      clear_sums_i<S>(total);
+      clear_sums<S>(total);
       const uint8_t* group = groups.template begin<V>(range.first, v0);
       for (int64_t g = range.first;; group = groups.template next<V>(v0), x.next()) {
         if (v0 == 0) ahead.step();
@@ -195,15 +189,8 @@ struct ShortCoded {
         KT_UNROLL
         for (int half = 0; half < 2; ++half) {
           I sum[V][R];
-          KT_UNROLL
-          for (int v = 0; v < V; ++v) of_weights[half][v] = excess;
-          if (half == 0) {
-            Weights::template add_quads<0>(sum, of_weights[0], low, high, codes, levels, x,
-                                           prefetch);
-          } else {
-            Weights::template add_quads<4>(sum, of_weights[1], low, high, codes, levels, x,
-                                           prefetch);
-          }
+          Weights::sum_half(half, sum, of_weights[half], excess, low, high, codes, levels, x,
+                            prefetch);
           add_sums<S>(total, sum, x.factors + half * 4 * R);
         }
         I both[V];
