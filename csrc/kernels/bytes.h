@@ -184,7 +184,9 @@ struct BytePanel {
 
   // Adds a tile times the range that was expanded to `out` [R][32].
   template <int R>
-  KT_NOINLINE void dot(Range range, const uint8_t* tile, float* out, Ahead<S> ahead) const {
+  KT_NOINLINE void dot(const Range& range, const uint8_t* tile, float* out,
+                       const Ahead<S>& ahead) const {
+    Ahead<S> coming = ahead;
     constexpr int V = vectors_at_once<S>(R, S::kIntCells);
     for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
       const int64_t row = v0 * S::kLanes;
@@ -192,7 +194,7 @@ struct BytePanel {
       F total[V][R];
       begin_sums<S>(range, total, out, v0);
       for (int64_t g = 0; g < range.count; ++g, x.next()) {
-        if (v0 == 0) ahead.step();
+        if (v0 == 0) coming.step();
         KT_UNROLL
         for (int half = 0; half < 2; ++half) {
           I sum[V][R];
@@ -340,8 +342,10 @@ struct ByteCoded {
   static constexpr bool kOverwrites = true;
 
   template <int R>
-  KT_NOINLINE static void dot(const WeightLayout& layout, const uint8_t* block, Range range,
-                              const uint8_t* tile, float* out, Prefetch prefetch, Ahead<S> ahead) {
+  KT_NOINLINE static void dot(const WeightLayout& layout, const uint8_t* block, const Range& range,
+                              const uint8_t* tile, float* out, const Prefetch& prefetch,
+                              const Ahead<S>& ahead) {
+    Ahead<S> coming = ahead;
     constexpr int V = vectors_at_once<S>(R, S::kIntCells);
     const I levels = Quad::table(layout.levels);
     const I excess = S::set1_i32(-16 * layout.byte_bias());
@@ -352,7 +356,7 @@ struct ByteCoded {
       begin_sums<S>(range, total, out, v0);
       const uint8_t* group = groups.template begin<V>(range.first, v0);
       for (int64_t left = range.count;; group = groups.template next<V>(v0), x.next()) {
-        if (v0 == 0) ahead.step();
+        if (v0 == 0) coming.step();
         // Codes alone are asked for, which is best, but for the scales of 5 and 6 bits: 3 %.
         if constexpr (Code::kLow == 4 && Code::kHigh > 0) {
           ask_ahead<S>(group + Code::kBytes, prefetch);
@@ -402,8 +406,8 @@ struct ByteCoded {
     }
   }
 
-  KT_NOINLINE static void expand(const WeightLayout& layout, const uint8_t* block, Range range,
-                                 Panel& panel) {
+  KT_NOINLINE static void expand(const WeightLayout& layout, const uint8_t* block,
+                                 const Range& range, Panel& panel) {
     constexpr int kVectors = static_cast<int>(kBlockRows) / S::kLanes;
     const I levels = Quad::table(layout.levels);
     const I excess = S::set1_i32(-16 * layout.byte_bias());

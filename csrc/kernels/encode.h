@@ -28,9 +28,10 @@ template <class S>
 struct Int16Codec {
   using F = typename S::F;
   static constexpr int kVectors = Rows32<S>::kVectors;
+  static constexpr int64_t kItemBytes = 2 * kGroup;  // of a group
 
   static constexpr int64_t row_bytes(int64_t cols) {
-    return ceil_div(cols, kGroup) * (2 * kGroup + 20);
+    return ceil_div(cols, kGroup) * (kItemBytes + 20);
   }
   static const float* scales(const uint8_t* tile, int64_t rows, int64_t groups) {
     return reinterpret_cast<const float*>(tile + rows * groups * kGroup * 2);
@@ -353,11 +354,9 @@ template <class S>
 struct FloatCodec {
   using F = typename S::F;
   static constexpr int kVectors = Rows32<S>::kVectors;
-  static constexpr int64_t kPairBytes = 8;
+  static constexpr int64_t kPairBytes = 8, kItemBytes = kGroup / 2 * kPairBytes;  // of a group
 
-  static constexpr int64_t row_bytes(int64_t cols) {
-    return ceil_div(cols, kGroup) * kGroup / 2 * kPairBytes;
-  }
+  static constexpr int64_t row_bytes(int64_t cols) { return ceil_div(cols, kGroup) * kItemBytes; }
 
   static KT_INLINE void encode(const F* v, int64_t, Rounding, uint8_t* tile, int64_t rows,
                                int64_t row, int64_t group, int64_t) {

@@ -102,6 +102,19 @@ struct Ahead {
   }
 };
 
+// Asks for the activations of the group that comes kLater, here or in the tile behind this one, as a panel's columns of
+// a tile are too few for a processor to foresee where the next tile's are.
+template <class S, class Codec, int R, int kLater>
+static KT_INLINE void ask_items(const uint8_t* tile, const Range& range, int64_t group) {
+  constexpr int64_t kBytes = Codec::kItemBytes * R;
+  const uint8_t* items = tile + (range.first + group + kLater) * kBytes;
+  if (group + kLater >= range.count) {
+    items += R * Codec::row_bytes(range.groups * kGroup) - range.count * kBytes;
+  }
+  KT_UNROLL
+  for (int64_t at = 0; at < kBytes; at += 64) S::prefetch(items + at);
+}
+
 // The sums of V vectors from v0 on, of every row, between registers and `out` [R][32].
 template <class S, int V, int R>
 static KT_INLINE void load_sums(typename S::F (&sum)[V][R], const float* out, int v0) {
@@ -138,7 +151,7 @@ static KT_INLINE void clear_sums(typename S::I (&sum)[V][R]) {
 }
 // The sums that a range adds to: none before the first.
 template <class S, int V, int R>
-static KT_INLINE void begin_sums(Range range, typename S::F (&sum)[V][R], const float* out,
+static KT_INLINE void begin_sums(const Range& range, typename S::F (&sum)[V][R], const float* out,
                                  int v0) {
   if (range.first == 0) {
     clear_sums<S>(sum);
@@ -184,7 +197,8 @@ struct Int16Panel {
 
   // Adds a tile times the range that was expanded to `out` [R][32].
   template <int R>
-  KT_INLINE void dot(Range range, const uint8_t* tile, float* out, const Ahead<S>& ahead) const {
+  KT_INLINE void dot(const Range& range, const uint8_t* tile, float* out,
+                     const Ahead<S>& ahead) const {
     if constexpr (kSets == 2) {
       if (scaled_last) return dot_pieces<R, 1, true>(range, tile, out, ahead);
       if (!folded) return dot_pieces<R, 2, false>(range, tile, out, ahead);
@@ -195,7 +209,9 @@ struct Int16Panel {
  private:
   // With kPieces sums of integers for each group.
   template <int R, int kPieces, bool kLast>
-  KT_NOINLINE void dot_pieces(Range range, const uint8_t* tile, float* out, Ahead<S> ahead) const {
+  KT_NOINLINE void dot_pieces(const Range& range, const uint8_t* tile, float* out,
+                              const Ahead<S>& ahead) const {
+    Ahead<S> coming = ahead;
     constexpr int kOffsets = kSets / kPieces;  // of a piece
     constexpr int V = vectors_at_once<S>(R, S::kIntCells);
     const float* x_scale = Int16Codec<S>::scales(tile, R, range.groups) + range.first * R;
@@ -211,7 +227,10 @@ struct Int16Panel {
         load_sums<S>(total, out, v0);
       }
       for (int64_t piece = 0; piece < range.count * kPieces; ++piece) {
-        if (v0 == 0 && piece % kPieces == 0) ahead.step();
+        if (v0 == 0 && piece % kPieces == 0) {
+          coming.step();
+          ask_items<S, Int16Codec<S>, R, 4>(tile, range, piece / kPieces);
+        }
         typename S::I sum[V][R];
         clear_sums<S>(sum);
         // Four pairs a round: unrolled further, compilers keep products instead of sums.
@@ -295,8 +314,10 @@ struct Int8Channel {
   static constexpr int64_t kGroupBytes = kUnits * kUnitBytes;
 
   template <int R>
-  KT_NOINLINE static void dot(const WeightLayout&, const uint8_t* block, Range range,
-                              const uint8_t* tile, float* out, Prefetch prefetch, Ahead<S> ahead) {
+  KT_NOINLINE static void dot(const WeightLayout&, const uint8_t* block, const Range& range,
+                              const uint8_t* tile, float* out, const Prefetch& prefetch,
+                              const Ahead<S>& ahead) {
+    Ahead<S> coming = ahead;
     using Quad = Quads<S, R>;
     constexpr int V = vectors_at_once<S>(R, Quad::kCells);
     const float* x_scale = Codec::scales(tile, R, range.groups) + range.first * R;
@@ -307,7 +328,7 @@ struct Int8Channel {
       const uint8_t* a = tile + range.first * kGroup * 2 * R;
       const uint8_t* w = block + range.first * kGroupBytes + v0 * S::kLanes * 4;
       for (int64_t g = 0; g < range.count; ++g, a += 2 * kGroup * R, w += kGroupBytes) {
-        if (v0 == 0) ahead.step();
+        if (v0 == 0) coming.step();
         typename Quad::Sum sum[V][R];
         KT_UNROLL
         for (int r = 0; r < R; ++r) {
@@ -339,7 +360,7 @@ struct Int8Channel {
     }
   }
 
-  KT_NOINLINE static void expand(const WeightLayout&, const uint8_t* block, Range range,
+  KT_NOINLINE static void expand(const WeightLayout&, const uint8_t* block, const Range& range,
                                  Panel& panel) {
     const uint8_t* w = block + range.first * kGroupBytes;
     uint8_t* to = panel.weights;
@@ -515,8 +536,10 @@ struct Coded {
   static constexpr bool kOverwrites = false;
 
   template <int R>
-  KT_NOINLINE static void dot(const WeightLayout& layout, const uint8_t* block, Range range,
-                              const uint8_t* tile, float* out, Prefetch prefetch, Ahead<S> ahead) {
+  KT_NOINLINE static void dot(const WeightLayout& layout, const uint8_t* block, const Range& range,
+                              const uint8_t* tile, float* out, const Prefetch& prefetch,
+                              const Ahead<S>& ahead) {
+    Ahead<S> coming = ahead;
     using Quad = Quads<S, R>;
     constexpr int V = vectors_at_once<S>(R, Quad::kCells);
     const int64_t end = range.first + range.count;
@@ -536,7 +559,7 @@ struct Coded {
       const uint8_t* a = tile + range.first * kGroup * 2 * R;
       const uint8_t* group = groups.template begin<V>(range.first, v0);
       for (int64_t g = range.first;; group = groups.template next<V>(v0), a += 2 * kGroup * R) {
-        if (v0 == 0) ahead.step();
+        if (v0 == 0) coming.step();
         // Codes alone are asked for, which is best, but for the scales of 5 and 6 bits: 3 %.
         if constexpr (Code::kLow == 4 && Code::kHigh > 0)
           ask_ahead<S>(group + Code::kBytes, prefetch);
@@ -579,8 +602,8 @@ struct Coded {
     }
   }
 
-  KT_NOINLINE static void expand(const WeightLayout& layout, const uint8_t* block, Range range,
-                                 Panel& panel) {
+  KT_NOINLINE static void expand(const WeightLayout& layout, const uint8_t* block,
+                                 const Range& range, Panel& panel) {
     constexpr int kVectors = static_cast<int>(kBlockRows) / S::kLanes;
     const I levels = WordQuads<S>::table(layout.levels);
     const I bias = S::set1_i16(static_cast<int16_t>(layout.bias));
@@ -797,7 +820,9 @@ struct Floats {
     int64_t piece_groups = kGroups;
 
     template <int R>
-    KT_NOINLINE void dot(Range range, const uint8_t* tile, float* out, Ahead<S> ahead) const {
+    KT_NOINLINE void dot(const Range& range, const uint8_t* tile, float* out,
+                         const Ahead<S>& ahead) const {
+      Ahead<S> coming = ahead;
       constexpr int V = vectors_at_once<S>(R, S::kFloatCells);
       for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
         const auto* x = reinterpret_cast<const float*>(tile) + range.first * kGroup * R;
@@ -808,7 +833,10 @@ struct Floats {
           F sum[V][R];
           clear_sums<S>(sum);
           for (int64_t pair = 0; pair < columns / 2; ++pair, x += 2 * R) {
-            if (v0 == 0 && pair % 16 == 0) ahead.step();
+            if (v0 == 0 && pair % 16 == 0) {
+              coming.step();
+              ask_items<S, Codec, R, 1>(tile, range, range.count - left + pair / 16);
+            }
             KT_UNROLL
             for (int i = 0; i < 2; ++i, w += kBlockRows) {
               F weight[V];
@@ -830,8 +858,10 @@ struct Floats {
   };
 
   template <int R>
-  KT_NOINLINE static void dot(const WeightLayout& layout, const uint8_t* block, Range range,
-                              const uint8_t* tile, float* out, Prefetch prefetch, Ahead<S> ahead) {
+  KT_NOINLINE static void dot(const WeightLayout& layout, const uint8_t* block, const Range& range,
+                              const uint8_t* tile, float* out, const Prefetch& prefetch,
+                              const Ahead<S>& ahead) {
+    Ahead<S> coming = ahead;
     constexpr int V = vectors_at_once<S>(R, S::kFloatCells);
     const int64_t step = From::kScaled ? piece_groups(layout) : 4, last = range.first + range.count;
     Groups<S, 1> groups(layout, kGroupBytes, block);
@@ -848,7 +878,7 @@ struct Floats {
         }
         const int64_t end = first + step < last ? first + step : last;
         for (int64_t g = first; g < end; ++g) {
-          if (v0 == 0) ahead.step();
+          if (v0 == 0) coming.step();
           for (int64_t k = 0; k < kGroup; k += From::kColumns, w += From::kBytes) {
             add_columns<V, R>(sum, w, v0, x, prefetch,
                               std::make_integer_sequence<int, From::kColumns>());
@@ -860,8 +890,8 @@ struct Floats {
     }
   }
 
-  KT_NOINLINE static void expand(const WeightLayout& layout, const uint8_t* block, Range range,
-                                 Panel& panel) {
+  KT_NOINLINE static void expand(const WeightLayout& layout, const uint8_t* block,
+                                 const Range& range, Panel& panel) {
     constexpr int kVectors = static_cast<int>(kBlockRows) / S::kLanes;
     Groups<S, 1> groups(layout, kGroupBytes, block);
     panel.piece_groups = From::kScaled ? piece_groups(layout) : Panel::kGroups;
@@ -954,8 +984,10 @@ struct Bf16Pairs {
   static constexpr int64_t kGroupBytes = kGroup / 2 / From::kPairs * kUnitBytes;
 
   template <int R>
-  KT_NOINLINE static void dot(const WeightLayout& layout, const uint8_t* block, Range range,
-                              const uint8_t* tile, float* out, Prefetch prefetch, Ahead<S> ahead) {
+  KT_NOINLINE static void dot(const WeightLayout& layout, const uint8_t* block, const Range& range,
+                              const uint8_t* tile, float* out, const Prefetch& prefetch,
+                              const Ahead<S>& ahead) {
+    Ahead<S> coming = ahead;
     constexpr int V = vectors_at_once<S>(R, S::kFloatCells);
     const int64_t step = From::kScaled ? piece_groups(layout) : range.count;
     const int64_t last = range.first + range.count;
@@ -977,7 +1009,7 @@ struct Bf16Pairs {
         for (int64_t g = 0; g < count; ++g) {
           // Where codes are widened this takes registers, and 3 % more time than it saves.
           if constexpr (!From::kScaled) {
-            if (v0 == 0) ahead.step();
+            if (v0 == 0) coming.step();
           }
           for (int64_t at = 0; at < kGroupBytes; at += kUnitBytes, w += kUnitBytes) {
             add_pairs<V, R>(sum, w, v0, x, prefetch, AllPairs());
@@ -1030,8 +1062,8 @@ using F8 = std::conditional_t<S::kBf16Dot, Bf16Pairs<S, PairsFromF8<S>>, Floats<
 // Calls dot<R> for a run-time R.
 template <class S, class Format, int R = Format::kMaxRows>
 static KT_INLINE void dot_block(const WeightLayout& layout, int rows, const uint8_t* block,
-                                Range range, const uint8_t* tile, float* out, Prefetch prefetch,
-                                const Ahead<S>& ahead) {
+                                const Range& range, const uint8_t* tile, float* out,
+                                const Prefetch& prefetch, const Ahead<S>& ahead) {
   if (rows == R) return Format::template dot<R>(layout, block, range, tile, out, prefetch, ahead);
   if constexpr (R > 1) {
     return dot_block<S, Format, R - 1>(layout, rows, block, range, tile, out, prefetch, ahead);
@@ -1039,7 +1071,7 @@ static KT_INLINE void dot_block(const WeightLayout& layout, int rows, const uint
 }
 
 template <class S, class Format, int R = Format::kMaxRows>
-static KT_INLINE void dot_panel(int rows, const typename Format::Panel& panel, Range range,
+static KT_INLINE void dot_panel(int rows, const typename Format::Panel& panel, const Range& range,
                                 const uint8_t* tile, float* out, const Ahead<S>& ahead) {
   if (rows == R) return panel.template dot<R>(range, tile, out, ahead);
   if constexpr (R > 1) {
@@ -1091,7 +1123,8 @@ struct EncodedTiles {
 template <class S, class Format>
 KT_NOINLINE static void multiply(const WeightLayout& layout, const uint8_t* block, int64_t groups,
                                  const TokenTile* tiles, int count, int planes,
-                                 const EncodedTiles& encoded, float* out, Prefetch prefetch) {
+                                 const EncodedTiles& encoded, float* out,
+                                 const Prefetch& prefetch) {
   const auto place = [&](const TokenTile& tile) {
     return out + (tile.first - tiles[0].first) * planes * kBlockRows;
   };
@@ -1119,13 +1152,13 @@ KT_NOINLINE static void multiply(const WeightLayout& layout, const uint8_t* bloc
                                       place);
   } else {
     const auto directly = [&] {
-      const auto dot = [&](int i, Range range, const Ahead<S>& ahead) {
+      const auto dot = [&](int i, const Range& range, const Ahead<S>& ahead) {
         dot_block<S, Format>(layout, tiles[i].tokens * planes, block, range, encoded(tiles[i]),
                              place(tiles[i]), prefetch, ahead);
       };
       // Several tiles find a range in the cache that the first has brought there; one asks for what is soon
       // needed, line by line.
-      if (count > 1) return each(kDirectGroups, [](Range) {}, dot);
+      if (count > 1) return each(kDirectGroups, [](const Range&) {}, dot);
       // Where the sums of a tile of three rows and more do not fit in registers, it goes through the weights
       // more than once: a range at a time, which stays in the first-level cache, or each pass would read memory.
       constexpr bool kFits = kBlockRows / S::kLanes <= 2;
@@ -1142,8 +1175,9 @@ KT_NOINLINE static void multiply(const WeightLayout& layout, const uint8_t* bloc
     } else {
       typename Format::Panel panel;
       each(
-          Format::Panel::kGroups, [&](Range range) { Format::expand(layout, block, range, panel); },
-          [&](int i, Range range, const Ahead<S>& ahead) {
+          Format::Panel::kGroups,
+          [&](const Range& range) { Format::expand(layout, block, range, panel); },
+          [&](int i, const Range& range, const Ahead<S>& ahead) {
             dot_panel<S, Format>(tiles[i].tokens * planes, panel, range, encoded(tiles[i]),
                                  place(tiles[i]), ahead);
           });

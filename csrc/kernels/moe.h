@@ -138,14 +138,13 @@ static void down(const MoeJob& job, ThreadPool& pool) {
   parallel_for(pool, ceil_div(out_blocks, down_step), [&](int64_t task, int) {
     const int64_t begin = task * down_step;
     const int64_t end = begin + down_step < out_blocks ? begin + down_step : out_blocks;
-    const int64_t width = (end - begin) * kBlockRows;
-    const int64_t sum_stride = out_blocks * kBlockRows;
     alignas(64) float c[kProductRows * kBlockRows];
     const EncodedTiles encoded{job.mid_encoded, 0, job.mid_token_bytes};
-    float* sum = job.sum + begin * kBlockRows;
-    for (int64_t t = 0; t < job.tokens; ++t) {
-      std::memset(sum + t * sum_stride, 0, static_cast<size_t>(width) * sizeof(float));
-    }
+    // [block][token][32]: with a token's columns side by side, those of a block would lie a power of two apart, and share
+    // few sets of a cache.
+    const int64_t block_sums = job.tokens * kBlockRows;
+    std::memset(job.sum + begin * block_sums, 0,
+                static_cast<size_t>((end - begin) * block_sums) * sizeof(float));
     for (int64_t p = 0; p < job.portions; ++p) {
       const ActiveExpert& expert = job.expert[job.portion[p].expert];
       const TokenTile* tiles = job.tiles + job.portion[p].first;
@@ -160,7 +159,7 @@ static void down(const MoeJob& job, ThreadPool& pool) {
           for (int32_t t = 0; t < tiles[i].tokens; ++t, from += kBlockRows) {
             const int32_t pair = tiles[i].first + t;
             const typename S::F weight = S::set1(job.pair_weight[pair]);
-            float* to = sum + job.pair_token[pair] * sum_stride + (b - begin) * kBlockRows;
+            float* to = job.sum + b * block_sums + job.pair_token[pair] * kBlockRows;
             for (int k = 0; k < Rows32<S>::kVectors; ++k) {
               const int v = k * S::kLanes;
               const typename S::F y = S::add(S::load(from + v), bias[k]);
@@ -174,7 +173,7 @@ static void down(const MoeJob& job, ThreadPool& pool) {
       for (int64_t b = begin; b < end; ++b) {
         typename S::F v[Rows32<S>::kVectors];
         for (int k = 0; k < Rows32<S>::kVectors; ++k) {
-          v[k] = S::load(sum + t * sum_stride + (b - begin) * kBlockRows + k * S::kLanes);
+          v[k] = S::load(job.sum + b * block_sums + t * kBlockRows + k * S::kLanes);
         }
         const int64_t left = hidden - b * kBlockRows;
         Rows32<S>::store(job.out, t, b * kBlockRows, left < kBlockRows ? left : kBlockRows, v);

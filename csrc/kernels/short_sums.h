@@ -108,7 +108,9 @@ struct ShortPanel {
 
   // Adds a tile times the piece that was expanded to `out` [R][32].
   template <int R>
-  KT_NOINLINE void dot(Range range, const uint8_t* tile, float* out, Ahead<S> ahead) const {
+  KT_NOINLINE void dot(const Range& range, const uint8_t* tile, float* out,
+                       const Ahead<S>& ahead) const {
+    Ahead<S> coming = ahead;
     constexpr int V = vectors_at_once<S>(R, S::kIntCells);
     for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
       const int64_t row = v0 * S::kLanes;
@@ -118,7 +120,7 @@ struct ShortPanel {
       clear_sums<S>(piece);
       clear_sums<S>(total);
       for (int64_t g = 0; g < range.count; ++g, x.next()) {
-        if (v0 == 0) ahead.step();
+        if (v0 == 0) coming.step();
         I of_weights[V], sum[V][R];
         KT_UNROLL
         for (int v = 0; v < V; ++v) {
@@ -163,8 +165,10 @@ struct ShortCoded {
   static_assert(kDirectGroups % Panel::kGroups == 0);
 
   template <int R>
-  KT_NOINLINE static void dot(const WeightLayout& layout, const uint8_t* block, Range range,
-                              const uint8_t* tile, float* out, Prefetch prefetch, Ahead<S> ahead) {
+  KT_NOINLINE static void dot(const WeightLayout& layout, const uint8_t* block, const Range& range,
+                              const uint8_t* tile, float* out, const Prefetch& prefetch,
+                              const Ahead<S>& ahead) {
+    Ahead<S> coming = ahead;
     constexpr int V = vectors_at_once<S>(R, S::kIntCells);
     const I levels = S::zero_i();
     const I excess = S::set1_i32(-16 * layout.short_bias());
@@ -179,7 +183,7 @@ struct ShortCoded {
       clear_sums<S>(total);
       const uint8_t* group = groups.template begin<V>(range.first, v0);
       for (int64_t g = range.first;; group = groups.template next<V>(v0), x.next()) {
-        if (v0 == 0) ahead.step();
+        if (v0 == 0) coming.step();
         // Codes alone are asked for, which is best, but for the scales of 5 bits: 3 %.
         if constexpr (Code::kLow == 4 && Code::kHigh > 0) {
           ask_ahead<S>(group + Code::kBytes, prefetch);
@@ -219,8 +223,8 @@ struct ShortCoded {
     }
   }
 
-  KT_NOINLINE static void expand(const WeightLayout& layout, const uint8_t* block, Range range,
-                                 Panel& panel) {
+  KT_NOINLINE static void expand(const WeightLayout& layout, const uint8_t* block,
+                                 const Range& range, Panel& panel) {
     constexpr int kVectors = static_cast<int>(kBlockRows) / S::kLanes;
     const I levels = S::zero_i();
     const I excess = S::set1_i32(-16 * layout.short_bias());

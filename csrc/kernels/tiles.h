@@ -287,8 +287,8 @@ struct TileBf16 : TileFormat<S> {
   using Fine = TileBf16;
   static constexpr bool kPacked = true;
   template <bool kAsk, class Panel, class Done>
-  static KT_INLINE void widen(const WeightLayout&, const uint8_t* block, Range range, Panel& panel,
-                              Prefetch prefetch, Done&& done) {
+  static KT_INLINE void widen(const WeightLayout&, const uint8_t* block, const Range& range,
+                              Panel& panel, Prefetch prefetch, Done&& done) {
     panel.packed = block;
     const uint8_t* w = panel.group(range.first);
     for (int64_t g = 0; g < range.count; ++g, w += kTileGroupBytes) {
@@ -307,7 +307,7 @@ template <class S>
 struct TileF8 : TileFormat<S> {
   using Fine = TileF8;
   template <bool kAsk, class Panel, class Done>
-  static KT_INLINE void widen(const WeightLayout& layout, const uint8_t* block, Range range,
+  static KT_INLINE void widen(const WeightLayout& layout, const uint8_t* block, const Range& range,
                               Panel& panel, Prefetch prefetch, Done&& done) {
     constexpr int kVectors = static_cast<int>(kBlockRows) / S::kLanes;
     panel.scaled = true;
@@ -343,7 +343,7 @@ struct TileCoded : TileFormat<S> {
   using F = typename S::F;
 
   template <bool kAsk, class Panel, class Done>
-  static KT_INLINE void widen(const WeightLayout& layout, const uint8_t* block, Range range,
+  static KT_INLINE void widen(const WeightLayout& layout, const uint8_t* block, const Range& range,
                               Panel& panel, Prefetch prefetch, Done&& done) {
     constexpr int kVectors = static_cast<int>(kBlockRows) / S::kLanes;
     const I levels = Quad::table(layout.levels);
