@@ -48,6 +48,37 @@ def test_the_largest_integers_do_not_overflow(variant, tokens, sign):
     torch.testing.assert_close(ops.linear(x, weight).double(), want, rtol=rtol, atol=0)
 
 
+def e4m3(codes: torch.Tensor) -> QuantTensor:
+    """Codes of e4m3 as they are: all scales are 1."""
+    format = get_format("fp8_e4m3")
+    parts = format.quantize(torch.ones(codes.shape))
+    parts["data"] = codes.to(torch.uint8).view(torch.float8_e4m3fn)
+    parts["scales"].fill_(1)
+    return QuantTensor(format, codes.shape, parts)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_every_e4m3(variant, tokens):
+    """Small ones may be rounded to multiples of 1/32, 0.007 % of the largest."""
+    codes = (torch.arange(256) + 7 * torch.arange(40)[:, None]) % 256
+    codes[codes % 128 == 127] = 0  # NaN
+    weight = e4m3(codes)
+    x = torch.zeros(tokens, 256)
+    x[torch.arange(tokens), torch.arange(tokens) * 53 % 256] = 1
+    want = x @ weight.dequantize(torch.float32).T
+    torch.testing.assert_close(ops.linear(x, weight), want, rtol=1e-6, atol=1 / 64)
+    torch.testing.assert_close(ops.linear(x, weight, exact=True), want, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_the_largest_e4m3_do_not_overflow(variant, tokens, sign):
+    weight = e4m3(torch.full((40, 512), 0x7E))
+    x = torch.full((tokens, 512), 0.75 * sign)
+    want = torch.full((tokens, 40), 448 * 512 * 0.75 * sign)
+    torch.testing.assert_close(ops.linear(x, weight), want, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("format", ["int4_g32", "int8", "q6_k"])
 @pytest.mark.parametrize("power", [-70, -40, 30, 70])
 def test_a_token_is_rounded_alike_whatever_its_size(variant, format, power):

@@ -104,6 +104,8 @@ struct Simd {
   static KT_INLINE I set1_i32(int32_t v) { return _mm256_set1_epi32(v); }
   static KT_INLINE I mul_i32(I a, I b) { return _mm256_mullo_epi32(a, b); }
   static KT_INLINE I mul_i16(I a, I b) { return _mm256_mullo_epi16(a, b); }
+  // a * b / 2^15, rounded.
+  static KT_INLINE I mul_round_i16(I a, I b) { return _mm256_mulhrs_epi16(a, b); }
   // The lower 16 bits of each lane, in both of its halves.
   static KT_INLINE I twice16(I a) {
     return _mm256_or_si256(_mm256_and_si256(a, set1_i32(0xffff)), _mm256_slli_epi32(a, 16));
@@ -175,13 +177,13 @@ struct Simd {
     std::memcpy(&out, &bits, 4);
     return out;
   }
-  // Rounds 32 values v * inverse to 16-bit integers, in the order of WordQuads or, if `bytes`, of
-  // ByteQuads; `sum` is of 16 each.
-  static KT_INLINE void encode16(const F* v, F inverse, bool bytes, uint8_t* out, int32_t* sum) {
+  // Rounds 32 values v * inverse to 16-bit integers; `sum` is of 16 each.
+  static KT_INLINE void encode16(const F* v, F inverse, ItemOrder order, uint8_t* out,
+                                 int32_t* sum) {
     I n[4];
     KT_UNROLL
     for (int i = 0; i < 4; ++i) n[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], inverse));
-    if (bytes) {
+    if (order == ItemOrder::bytes) {
       I upper[4], lower[4];
       KT_UNROLL
       for (int i = 0; i < 4; ++i) {
@@ -197,7 +199,9 @@ struct Simd {
       for (int i = 0; i < 2; ++i) {
         // The pack works within 128-bit halves: put its quarters back in order.
         const I q = _mm256_permute4x64_epi64(_mm256_packs_epi32(n[2 * i], n[2 * i + 1]), 0xd8);
-        store_i(out + 32 * i, _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(q, 0xd8), 0xd8));
+        store_i(out + 32 * i, order == ItemOrder::pairs
+                                  ? q
+                                  : _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(q, 0xd8), 0xd8));
       }
     }
     KT_UNROLL

@@ -35,6 +35,7 @@ KT_HALVES2(I512, add_epi32, _mm256_add_epi32)
 KT_HALVES2(I512, andnot_si512, _mm256_andnot_si256)
 KT_HALVES2(I512, sub_epi16, _mm256_sub_epi16)
 KT_HALVES2(I512, mullo_epi16, _mm256_mullo_epi16)
+KT_HALVES2(I512, mulhrs_epi16, _mm256_mulhrs_epi16)
 KT_HALVES2(I512, mullo_epi32, _mm256_mullo_epi32)
 KT_HALVES2(I512, max_epi32, _mm256_max_epi32)
 KT_HALVES2(I512, and_si512, _mm256_and_si256)
@@ -282,6 +283,7 @@ static inline F512 dpbf16_ps(F512 acc, I512 a, I512 b) {
 #define _mm512_max_ps ::ktcore::emulated::max_ps
 #define _mm512_min_ps ::ktcore::emulated::min_ps
 #define _mm512_mul_ps ::ktcore::emulated::mul_ps
+#define _mm512_mulhrs_epi16 ::ktcore::emulated::mulhrs_epi16
 #define _mm512_mullo_epi16 ::ktcore::emulated::mullo_epi16
 #define _mm512_mullo_epi32 ::ktcore::emulated::mullo_epi32
 #define _mm512_or_si512 ::ktcore::emulated::or_si512

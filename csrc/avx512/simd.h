@@ -137,6 +137,8 @@ struct Simd {
   static KT_INLINE I set1_i32(int32_t v) { return _mm512_set1_epi32(v); }
   static KT_INLINE I mul_i32(I a, I b) { return _mm512_mullo_epi32(a, b); }
   static KT_INLINE I mul_i16(I a, I b) { return _mm512_mullo_epi16(a, b); }
+  // a * b / 2^15, rounded.
+  static KT_INLINE I mul_round_i16(I a, I b) { return _mm512_mulhrs_epi16(a, b); }
   // The lower 16 bits of each lane, in both of its halves.
   static KT_INLINE I twice16(I a) {
     return _mm512_or_si512(_mm512_and_si512(a, set1_i32(0xffff)), _mm512_slli_epi32(a, 16));
@@ -210,13 +212,14 @@ struct Simd {
   }
   // Rounds 32 values v * inverse to 16-bit integers, in the order of WordQuads or, if `bytes`, of
   // ByteQuads; `sum` is of 16 each.
-  static KT_INLINE void encode16(const F* v, F inverse, bool bytes, uint8_t* out, int32_t* sum) {
+  static KT_INLINE void encode16(const F* v, F inverse, ItemOrder order, uint8_t* out,
+                                 int32_t* sum) {
     KT_UNROLL
     for (int i = 0; i < 2; ++i) {
       const I n = _mm512_cvtps_epi32(_mm512_mul_ps(v[i], inverse));
       sum[i] = sum_i32(n);
       auto* to = reinterpret_cast<__m128i*>(out + 32 * i);
-      if (bytes) {
+      if (order == ItemOrder::bytes) {
         const I carried = _mm512_add_epi32(n, _mm512_set1_epi32(128));
         const __m128i upper = _mm512_cvtepi32_epi8(_mm512_srai_epi32(carried, 8));
         const __m128i lower = _mm512_cvtepi32_epi8(n);
@@ -225,7 +228,9 @@ struct Simd {
       } else {
         const __m256i q = _mm512_cvtepi32_epi16(n);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                            _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(q, 0xd8), 0xd8));
+                            order == ItemOrder::pairs
+                                ? q
+                                : _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(q, 0xd8), 0xd8));
       }
     }
   }

@@ -46,6 +46,9 @@ namespace ktcore {
 static constexpr int64_t kBlockRows = 32;
 static constexpr int64_t kUnitBytes = kBlockRows * 4;
 
+// e4m3 as integers is its numbers' multiples, rounded; the codes of NaN are 480.
+static constexpr int32_t kF8Multiple = 32, kLargestF8 = 480 * kF8Multiple;
+
 // What a matrix's blocks look like. Its functions are always inlined: see platform.h.
 struct WeightLayout {
   WeightFormat format = WeightFormat::bf16;
@@ -116,8 +119,9 @@ struct WeightLayout {
   // The largest integer that may stand for an activation, so that such a sum fits.
   KT_INLINE int32_t largest_activation() const {
     constexpr int32_t kLargest = 127 * 256 + 127;  // of a sum of two signed bytes
-    if (!folded()) return kLargest;
-    const int64_t fits = 0x7fffffff / (kGroup * 128 * largest);
+    const bool f8 = format == WeightFormat::f8;
+    if (!f8 && !folded()) return kLargest;
+    const int64_t fits = 0x7fffffff / (kGroup * (f8 ? kLargestF8 : 128 * largest));
     return fits < kLargest ? static_cast<int32_t>(fits) : kLargest;
   }
   // What unsigned bytes that stand for weights, before they are scaled, are larger by.

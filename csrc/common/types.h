@@ -37,6 +37,10 @@ enum class WeightFormat : int {
   table4_g16
 };
 
+// How four activations of 16 bits lie in two items of four bytes: their upper bytes and their lower ones; columns 0 and
+// 2, and 1 and 3; or 0 and 1, and 2 and 3.
+enum class ItemOrder { bytes, words, pairs };
+
 static constexpr int kWeightFormats = 19;
 static constexpr int64_t kGroup = 32;  // weights and activations share one scale per group of this
 

@@ -323,7 +323,8 @@ struct ByteWeights {
 };
 
 template <class S, int kBits, bool kTable, int kSets>
-using FineOf = std::conditional_t<kSets == 0, Int8Channel<S>, Coded<S, kBits, kTable, kSets>>;
+using FineOf =
+    std::conditional_t<kSets == 0, Int8Channel<S>, Coded<S, Codes<S, kBits, kTable>, kSets>>;
 
 // Weights as in Coded (formats.h), times activations of eight bits. With no set of scales they are of 8
 // bits and have a scale for each row, behind the block's groups.

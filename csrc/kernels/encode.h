@@ -24,7 +24,9 @@ static KT_INLINE void copy_rows(const uint8_t* from, int count, uint8_t* to, int
 // Four columns at a time are two items of four bytes, as Quads (quads.h) takes them:
 // item[K/2][R]; scale[K/32][R] f32; sum[K/16][R] i32, of 16 columns' integers each, which undo the
 // weights' bias; value[K/16][R] f32, what these sums stand for, which the weights' offsets multiply.
-template <class S>
+//
+// With kPairs, in the order that floats' columns have in memory.
+template <class S, bool kPairs = false>
 struct Int16Codec {
   using F = typename S::F;
   static constexpr int kVectors = Rows32<S>::kVectors;
@@ -53,8 +55,10 @@ struct Int16Codec {
     const auto largest = static_cast<float>(rounding.largest);
     alignas(64) uint8_t items[2 * kGroup];
     int32_t sum[2];
-    S::encode16(v, S::set1(finite && !tiny ? largest / amax : 0.0f), rows <= S::kByteRows, items,
-                sum);
+    const ItemOrder order = kPairs                ? ItemOrder::pairs
+                            : rows > S::kByteRows ? ItemOrder::words
+                                                  : ItemOrder::bytes;
+    S::encode16(v, S::set1(finite && !tiny ? largest / amax : 0.0f), order, items, sum);
     for (int64_t i = 0; i < kGroup / 2; ++i) {
       std::memcpy(tile + ((group * (kGroup / 2) + i) * rows + row) * 4, items + 4 * i, 4);
     }
@@ -74,7 +78,7 @@ struct Int16Codec {
   static KT_INLINE void gather(const uint8_t* token, int, uint8_t* tile, int64_t rows, int64_t row,
                                int64_t groups) {
     const int64_t items = groups * (kGroup / 2);
-    if constexpr (S::kByteRows > 0) {
+    if constexpr (S::kByteRows > 0 && !kPairs) {
       if (rows > S::kByteRows) {
         for (int64_t g = 0; g < groups; ++g) {
           alignas(64) uint8_t words[2 * kGroup];

@@ -497,6 +497,11 @@ struct Codes {
   using I = typename S::I;
   static constexpr CodeParts kParts = CodeParts::of(kBits);
   static constexpr int kLow = kParts.low, kHigh = kParts.high;
+  static constexpr bool kPairs = false;                  // of columns 0 and 1, 2 and 3
+  static constexpr bool kBiased = !kTable && kBits < 8;  // as 16 bits
+  static constexpr float kUnit = 1;
+  template <int R>
+  using Quad = Quads<S, R>;
   // A bit of each of 32 columns and 32 rows is one unit.
   static constexpr int64_t kBytes = kBits * kUnitBytes;  // of a group
   // How many quads share the bytes of a unit.
@@ -521,18 +526,54 @@ struct Codes {
   }
 };
 
-// Weights as codes of kBits bits, which are integers less the layout's bias or, with kTable, number 16
-// levels; kSets sets of scales a group. What varies more finely is in the layout.
-template <class S, int kBits, bool kTable, int kSets>
+// e4m3 (OCP 8-bit floating point, OFP8), whose bits are s eee | e mmm, as 16-bit integers in units of 1/32: products of
+// (8 + mmm) << e, times 2^10, and +-4^eee, cut to their upper bits with rounding. What is below a quarter loses some of
+// its bits, none of it more than half a unit, which is 0.0035 % of the largest; subnormal numbers come out as zero.
+template <class S>
+struct F8Codes {
+  using I = typename S::I;
+  static constexpr CodeParts kParts = CodeParts::of(8);
+  static constexpr int kLow = 8, kHigh = 0, kLowQuads = 1, kHighQuads = 8;
+  static constexpr bool kPairs = true, kBiased = false;
+  static constexpr float kUnit = 1.0f / kF8Multiple;
+  static constexpr int64_t kBytes = 8 * kUnitBytes;
+  template <int R>
+  using Quad = WordQuads<S>;
+
+  template <class>
+  static KT_INLINE int32_t bias(const WeightLayout&) {
+    return 0;
+  }
+  template <class, int>
+  static KT_INLINE typename WordQuads<S>::Weights widen(I raw, I, I) {
+    static constexpr int8_t kMantissa[16] = {32, 36, 40, 44, 48, 52,  56,  60,
+                                             64, 72, 80, 88, 96, 104, 112, 120};
+    static constexpr int8_t kLower[16] = {1, 4, 16, 64, 0, 0, 0, 0, -1, -4, -16, -64, 0, 0, 0, 0};
+    static constexpr int8_t kUpper[16] = {0,  0,  0,  0,  1,  4,  16,  64,
+                                          -1, -1, -1, -1, -1, -4, -16, -64};
+    const I high = S::high_nibbles(raw),
+            mantissa = S::look_up(S::table16(kMantissa), S::low_nibbles(raw));
+    const I lower = S::look_up(S::table16(kLower), high),
+            upper = S::look_up(S::table16(kUpper), high);
+    const I even = S::set1_i16(0x00ff), odd = S::set1_i16(-256);
+    return {S::mul_round_i16(S::template shift16<-8>(mantissa),
+                             S::and_or(lower, even, S::template shift16<-8>(upper))),
+            S::mul_round_i16(S::and_i(mantissa, odd),
+                             S::and_or(upper, odd, S::template shift16<8>(lower)))};
+  }
+};
+
+// Weights as codes, which are integers less the layout's bias or stand for some; kSets sets of scales a group. What
+// varies more finely is in the layout.
+template <class S, class Code, int kSets>
 struct Coded {
   using Fine = Coded;
-  using Codec = Int16Codec<S>;
+  using Codec = Int16Codec<S, Code::kPairs>;
   using Panel = Int16Panel<S, kSets>;
-  using Code = Codes<S, kBits, kTable>;
   using I = typename S::I;
   using F = typename S::F;
   static constexpr int kMaxRows = S::kIntRows;
-  static constexpr int kDirectTiles = 2, kDirectRows = S::kByteRows;
+  static constexpr int kDirectTiles = 2, kDirectRows = Code::kPairs ? 0 : S::kByteRows;
   static constexpr bool kOverwrites = false;
 
   template <int R>
@@ -540,7 +581,7 @@ struct Coded {
                               const uint8_t* tile, float* out, const Prefetch& prefetch,
                               const Ahead<S>& ahead) {
     Ahead<S> coming = ahead;
-    using Quad = Quads<S, R>;
+    using Quad = typename Code::template Quad<R>;
     constexpr int V = vectors_at_once<S>(R, Quad::kCells);
     const int64_t end = range.first + range.count;
     const float* x_scale = Codec::scales(tile, R, range.groups);
@@ -627,7 +668,10 @@ struct Coded {
         }
         for (int set = 0; set < kSets; ++set) {
           const int64_t place = (g * kSets + set) * kBlockRows + lanes;
-          if (!panel.folded) S::store(panel.scales + place, groups.scale(group, set, v));
+          if (!panel.folded) {
+            S::store(panel.scales + place,
+                     S::mul(groups.scale(group, set, v), S::set1(Code::kUnit)));
+          }
           if (panel.has_offsets) S::store(panel.offsets + place, groups.offset(group, set, v));
         }
       }
@@ -653,7 +697,7 @@ struct Coded {
     I high = low;
     if constexpr (Code::kHigh > 0) high = S::load_i(from + Code::kParts.high_unit(Q) * kUnitBytes);
     auto weights = Code::template widen<WordQuads<S>, Q>(low, high, levels);
-    if constexpr (!kTable && kBits < 8) {
+    if constexpr (Code::kBiased) {
       weights.even = S::sub_i16(weights.even, bias);
       weights.odd = S::sub_i16(weights.odd, bias);
     }
@@ -670,7 +714,7 @@ struct Coded {
   static KT_INLINE void sum_set(const WeightLayout& layout, const uint8_t* group, int64_t g, int v0,
                                 I levels, const uint8_t* a, const int32_t* x_sum, I (&total)[V][R],
                                 Prefetch prefetch) {
-    using Quad = Quads<S, R>;
+    using Quad = typename Code::template Quad<R>;
     constexpr int kQuads = 8 / kSets;
     I low[V], high[V];
     typename Quad::Sum sum[V][R];
@@ -698,7 +742,10 @@ struct Coded {
     F scale[V];
     groups.template scales<V>(group, kSet, v0, scale);
     KT_UNROLL
-    for (int v = 0; v < V; ++v) add_scaled<V, R>(scale[v], v, g, x_scale, sum, acc);
+    for (int v = 0; v < V; ++v) {
+      if constexpr (Code::kUnit != 1) scale[v] = S::mul(scale[v], S::set1(Code::kUnit));
+      add_scaled<V, R>(scale[v], v, g, x_scale, sum, acc);
+    }
     add_offsets<kSet, V, R>(groups, group, g, v0, x_value, acc);
   }
   template <int V, int R>
@@ -727,16 +774,17 @@ struct Coded {
   }
 
   template <int kFirst, int V, int R, int... Q>
-  static KT_INLINE void add_quads(typename Quads<S, R>::Sum (&sum)[V][R], I (&low)[V], I (&high)[V],
-                                  const uint8_t* w, I levels, const uint8_t* a, Prefetch prefetch,
-                                  std::integer_sequence<int, Q...>) {
+  static KT_INLINE void add_quads(typename Code::template Quad<R>::Sum (&sum)[V][R], I (&low)[V],
+                                  I (&high)[V], const uint8_t* w, I levels, const uint8_t* a,
+                                  Prefetch prefetch, std::integer_sequence<int, Q...>) {
     (add_quad<kFirst + Q, Q == 0, V, R>(sum, low, high, w, levels, a, prefetch), ...);
   }
 
   template <int Q, bool kIsFirst, int V, int R>
-  static KT_INLINE void add_quad(typename Quads<S, R>::Sum (&sum)[V][R], I (&low)[V], I (&high)[V],
-                                 const uint8_t* w, I levels, const uint8_t* a, Prefetch prefetch) {
-    using Quad = Quads<S, R>;
+  static KT_INLINE void add_quad(typename Code::template Quad<R>::Sum (&sum)[V][R], I (&low)[V],
+                                 I (&high)[V], const uint8_t* w, I levels, const uint8_t* a,
+                                 Prefetch prefetch) {
+    using Quad = typename Code::template Quad<R>;
     if constexpr (Q % Code::kLowQuads == 0) {
       load_units<S, V>(low, w + Code::kParts.low_unit(Q) * kUnitBytes, prefetch);
     }

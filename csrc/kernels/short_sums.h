@@ -151,7 +151,7 @@ struct ShortPanel {
 // Weights as in Coded (formats.h), with one set of scales a group.
 template <class S, int kBits>
 struct ShortCoded {
-  using Fine = Coded<S, kBits, false, 1>;
+  using Fine = Coded<S, Codes<S, kBits, false>, 1>;
   using Codec = ShortCodec<S>;
   using Panel = ShortPanel<S, kBits>;
   using Weights = ByteWeights<S, kBits, false>;
