@@ -79,6 +79,29 @@ def test_the_largest_e4m3_do_not_overflow(variant, tokens, sign):
     torch.testing.assert_close(ops.linear(x, weight), want, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("tokens", [1, 4, 40])
+def test_rows_of_bf16_of_any_size(variant, tokens):
+    """Also where a row's numbers are taken as so many to its largest."""
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(40, 300, generator=generator)
+    w[1] *= 1e36
+    w[2] *= 1e-28
+    w[3] *= 2.0**-130  # subnormal
+    w[4] = 0
+    w[5, 7] = 3000  # beside it the others are small
+    w[6] = 0.5
+    w[7, 3], w[8, 299] = torch.nan, -torch.inf
+    weight = QuantTensor.quantize(w, "bf16")
+    x = torch.randn(tokens, 300, generator=generator)
+    exact = weight.dequantize(torch.float32).double()
+    got, want = ops.linear(x, weight), x.double() @ exact.T
+    usual = x.norm() * exact.norm(dim=1) / 300**0.5
+    assert not got[:, 7:9].isfinite().any()
+    error = (got - want).norm(dim=0) / usual
+    assert error[[0, 1, 2, 5, 6, *range(9, 40)]].max() < 4e-3
+    assert got[:, 3].abs().max() < 1e-30 and not got[:, 4].any()
+
+
 @pytest.mark.parametrize("format", ["int4_g32", "int8", "q6_k"])
 @pytest.mark.parametrize("power", [-70, -40, 30, 70])
 def test_a_token_is_rounded_alike_whatever_its_size(variant, format, power):

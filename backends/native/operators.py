@@ -71,15 +71,15 @@ def instruction_set(backend: str, machine: Machine) -> str:
 
 
 def _slow_bf16(machine: Machine) -> bool:
-    """Whether BF16 dot products are slower than multiply-adds in float32, which are exact besides:
-    as measured, else as Intel's are, of which a core starts one in two cycles (an Emerald Rapids:
-    87 against 176 Gop/s a core).
+    """Whether BF16 dot products are slower than those of 16-bit integers, which serve bf16 without
+    them and are more exact: as measured, else as Intel's are, of which a core starts one in two
+    cycles (an Emerald Rapids: 87 Gop/s a core, half of what it does even in float32).
     """
-    known = figures.load_cached(machine)
-    if known is None or "avx512_bf16" not in known.peak_gops:
+    known, isas = figures.load_cached(machine), ("avx512_bf16", "avx512_vnni")
+    if known is None or any(isa not in known.peak_gops for isa in isas):
         return "Intel" in probe.cpu_brand()
-    bf16, f32 = (figures.dot_peak(known, "avx512_bf16", kind, 1) for kind in ("bf16", "f32"))
-    return bf16 < 0.8 * f32
+    bf16, integers = (figures.dot_peak(known, isa, "bf16", 1) for isa in isas)
+    return bf16 < 0.8 * integers
 
 
 _held: list[str] = []

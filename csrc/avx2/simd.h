@@ -106,6 +106,7 @@ struct Simd {
   static KT_INLINE I mul_i16(I a, I b) { return _mm256_mullo_epi16(a, b); }
   // a * b / 2^15, rounded.
   static KT_INLINE I mul_round_i16(I a, I b) { return _mm256_mulhrs_epi16(a, b); }
+  static KT_INLINE I bits(F v) { return _mm256_castps_si256(v); }
   // The lower 16 bits of each lane, in both of its halves.
   static KT_INLINE I twice16(I a) {
     return _mm256_or_si256(_mm256_and_si256(a, set1_i32(0xffff)), _mm256_slli_epi32(a, 16));

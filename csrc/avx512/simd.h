@@ -139,6 +139,7 @@ struct Simd {
   static KT_INLINE I mul_i16(I a, I b) { return _mm512_mullo_epi16(a, b); }
   // a * b / 2^15, rounded.
   static KT_INLINE I mul_round_i16(I a, I b) { return _mm512_mulhrs_epi16(a, b); }
+  static KT_INLINE I bits(F v) { return _mm512_castps_si512(v); }
   // The lower 16 bits of each lane, in both of its halves.
   static KT_INLINE I twice16(I a) {
     return _mm512_or_si512(_mm512_and_si512(a, set1_i32(0xffff)), _mm512_slli_epi32(a, 16));

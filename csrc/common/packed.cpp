@@ -14,9 +14,21 @@ namespace {
 
 void pack_bf16(const StoredMatrix& m, int64_t row0, int64_t rows, uint8_t* out) {
   auto* dst = reinterpret_cast<uint16_t*>(out);
+  auto* scales = reinterpret_cast<float*>(out + round_up(m.cols, kGroup) * kBlockRows * 2);
   for (int64_t r = 0; r < rows; ++r) {
     const auto* src = static_cast<const uint16_t*>(m.data) + (row0 + r) * m.cols;
-    for (int64_t k = 0; k < m.cols; ++k) dst[(k / 2 * kBlockRows + r) * 2 + k % 2] = src[k];
+    uint32_t most = 0;  // without its sign
+    for (int64_t k = 0; k < m.cols; ++k) {
+      dst[(k / 2 * kBlockRows + r) * 2 + k % 2] = src[k];
+      const uint32_t magnitude = src[k] & 0x7fff;
+      if (magnitude > most) most = magnitude;
+    }
+    most <<= 16;
+    float largest;
+    std::memcpy(&largest, &most, 4);
+    scales[r] = !(largest <= 3.4e38f) ? std::nanf("")
+                : largest < 1e-30f    ? 0.0f
+                                      : largest / kLargestBf16;
   }
 }
 

@@ -46,8 +46,9 @@ namespace ktcore {
 static constexpr int64_t kBlockRows = 32;
 static constexpr int64_t kUnitBytes = kBlockRows * 4;
 
-// e4m3 as integers is its numbers' multiples, rounded; the codes of NaN are 480.
-static constexpr int32_t kF8Multiple = 32, kLargestF8 = 480 * kF8Multiple;
+// Floats as integers of 16 bits: those of e4m3 are multiples of a 32nd, rounded; those of bf16 are so many to the
+// largest of a row.
+static constexpr int32_t kF8Multiple = 32, kLargestF8 = 480 * kF8Multiple, kLargestBf16 = 16383;
 
 // What a matrix's blocks look like. Its functions are always inlined: see platform.h.
 struct WeightLayout {
@@ -119,9 +120,11 @@ struct WeightLayout {
   // The largest integer that may stand for an activation, so that such a sum fits.
   KT_INLINE int32_t largest_activation() const {
     constexpr int32_t kLargest = 127 * 256 + 127;  // of a sum of two signed bytes
-    const bool f8 = format == WeightFormat::f8;
-    if (!f8 && !folded()) return kLargest;
-    const int64_t fits = 0x7fffffff / (kGroup * (f8 ? kLargestF8 : 128 * largest));
+    const int64_t of_weights = format == WeightFormat::bf16 ? kLargestBf16
+                               : format == WeightFormat::f8 ? kLargestF8
+                               : folded()                   ? 128 * largest
+                                                            : 128;
+    const int64_t fits = 0x7fffffff / (kGroup * of_weights);
     return fits < kLargest ? static_cast<int32_t>(fits) : kLargest;
   }
   // What unsigned bytes that stand for weights, before they are scaled, are larger by.
@@ -161,7 +164,7 @@ struct WeightLayout {
   KT_INLINE int64_t block_bytes(int64_t cols) const {
     const int64_t groups = ceil_div(cols, kGroup);
     int64_t bytes = groups * group_bytes() + ceil_div(groups, span) * outer_bytes();
-    if (format == WeightFormat::int8) bytes += kBlockRows * 4;
+    if (format == WeightFormat::int8 || format == WeightFormat::bf16) bytes += kBlockRows * 4;
     return round_up(bytes, 64);
   }
 };

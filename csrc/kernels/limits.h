@@ -14,8 +14,9 @@ static KT_INLINE double keep(uint64_t folded, double operations) {
   return operations;
 }
 
-template <class S>
-static double spin_int8(int64_t iterations) {
+// Chains of `dot(sum, w, a)` of integers, each of so many operations a lane.
+template <class S, class Dot>
+static KT_INLINE double spin_integers(int64_t iterations, double operations, Dot dot) {
   typename S::I acc[kChains];
   alignas(64) uint8_t bytes[64];
   for (int i = 0; i < 64; ++i) bytes[i] = static_cast<uint8_t>(129 + i);
@@ -27,12 +28,18 @@ static double spin_int8(int64_t iterations) {
     KT_UNROLL
     for (int i = 0; i < kChains; ++i) {
       KT_IN_REGISTER(w);  // or a product that all chains share is computed once
-      acc[i] = S::dot_u8(acc[i], w, a);
+      acc[i] = dot(acc[i], w, a);
     }
   }
   typename S::I all = acc[0];
   for (int i = 1; i < kChains; ++i) all = S::xor_i(all, acc[i]);
-  return keep<S>(S::fold(all), 8.0 * S::kLanes * kChains * static_cast<double>(iterations));
+  return keep<S>(S::fold(all), operations * S::kLanes * kChains * static_cast<double>(iterations));
+}
+
+template <class S>
+static double spin_int8(int64_t iterations) {
+  using I = typename S::I;
+  return spin_integers<S>(iterations, 8.0, [](I sum, I w, I a) { return S::dot_u8(sum, w, a); });
 }
 
 // Chains of `step(sum)`, each of so many operations a lane.
@@ -59,17 +66,21 @@ static double spin_f32(int64_t iterations) {
   return spin_floats<S>(iterations, 2.0, [&](typename S::F sum) { return S::fma(sum, w, a); });
 }
 
-// Where bf16 has no dot products, it is multiplied as float32.
+// Where bf16 has no dot products, it is multiplied as integers of 16 bits, or as float32.
 template <class S>
 static double spin_bf16(int64_t iterations) {
+  using I = typename S::I;
+  using F = typename S::F;
   if constexpr (S::kBf16Dot) {
     alignas(64) uint8_t bytes[64];
     for (int i = 0; i < 64; ++i) bytes[i] = static_cast<uint8_t>(i % 2 ? 0x3f : 0x80);
-    const typename S::I w = S::load_i(bytes), a = S::broadcast4(bytes);
-    return spin_floats<S>(iterations, 4.0,
-                          [&](typename S::F sum) { return S::dot_bf16(sum, w, a); });
+    const I w = S::load_i(bytes), a = S::broadcast4(bytes);
+    return spin_floats<S>(iterations, 4.0, [&](F sum) { return S::dot_bf16(sum, w, a); });
+  } else if constexpr (S::kByteDots) {
+    return spin_integers<S>(iterations, 4.0, [](I sum, I w, I a) { return S::dot_i16(sum, w, a); });
+  } else {
+    return spin_f32<S>(iterations);
   }
-  return spin_f32<S>(iterations);
 }
 
 template <class S>

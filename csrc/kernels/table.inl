@@ -85,13 +85,19 @@ static constexpr FormatKernels coded() {
   }
 }
 // Where floats have no dot products of their own, integers of 16 bits are multiplied twice as fast.
+template <Accuracy kAccuracy>
+static constexpr bool kFloatsAsWords =
+    !Simd::kBf16Dot && Simd::kByteDots && kAccuracy != Accuracy::exact;
+
+template <Accuracy kAccuracy, int kPlanes>
+static constexpr FormatKernels bf16() {
+  if constexpr (kFloatsAsWords<kAccuracy>) return kernels_of<Bf16Words<Simd>>();
+  return kernels_of<Bf16<Simd>, kPlanes>();
+}
 template <Accuracy kAccuracy, int kPlanes>
 static constexpr FormatKernels f8() {
-  if constexpr (!Simd::kBf16Dot && Simd::kByteDots && kAccuracy != Accuracy::exact) {
-    return kernels_of<Coded<Simd, F8Codes<Simd>, 1>>();
-  } else {
-    return kernels_of<F8<Simd>, kPlanes>();
-  }
+  if constexpr (kFloatsAsWords<kAccuracy>) return kernels_of<Coded<Simd, F8Codes<Simd>, 1>>();
+  return kernels_of<F8<Simd>, kPlanes>();
 }
 template <Accuracy kAccuracy>
 static constexpr FormatKernels int8() {
@@ -106,7 +112,7 @@ static constexpr FormatKernels int8() {
 template <Accuracy kAccuracy>
 static constexpr AllFormats all_formats() {
   constexpr int kPlanes = Simd::kBf16Dot && kAccuracy == Accuracy::exact ? 2 : 1;
-  return {{kernels_of<Bf16<Simd>, kPlanes>(), kernels_of<Floats<Simd, FromF16<Simd>>>(),
+  return {{bf16<kAccuracy, kPlanes>(), kernels_of<Floats<Simd, FromF16<Simd>>>(),
            kernels_of<Floats<Simd, FromF32<Simd>>>(), f8<kAccuracy, kPlanes>(), int8<kAccuracy>(),
            coded<kAccuracy, 2, false, 1>(), coded<kAccuracy, 2, false, 2>(),
            coded<kAccuracy, 3, false, 1>(), coded<kAccuracy, 3, false, 2>(),
