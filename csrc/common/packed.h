@@ -6,7 +6,7 @@
 // instructions take (pairs of 16 bits a lane, once smaller codes are widened), so no lane is ever
 // shuffled:
 //
-//   bf16      unit = 2 columns
+//   bf16      unit = 2 columns; at the end 32 float scales, of the integers that kernels may make of a row
 //   f16, f32  columns of 32 numbers
 //   f8        unit = 4 columns of e4m3, of which bytes 0 and 2, then 1 and 3 hold neighbours; scales as for codes
 //   int8      unit = 4 columns; at the end 32 float scales
