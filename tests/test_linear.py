@@ -98,7 +98,8 @@ def test_rows_of_bf16_of_any_size(variant, tokens):
     usual = x.norm() * exact.norm(dim=1) / 300**0.5
     assert not got[:, 7:9].isfinite().any()
     error = (got - want).norm(dim=0) / usual
-    assert error[[0, 1, 2, 5, 6, *range(9, 40)]].max() < 4e-3
+    most = 1e-2 if inputs.rounds_to_bf16(variant.backend) else 1e-3  # of a single output
+    assert error[[0, 1, 2, 5, 6, *range(9, 40)]].max() < most
     assert got[:, 3].abs().max() < 1e-30 and not got[:, 4].any()
 
 

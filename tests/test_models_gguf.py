@@ -86,7 +86,7 @@ def test_perplexity_is_near_that_of_bf16(files, heldout, kind):
         num_experts=config.num_experts,
         top_k=config.top_k,
     ).chosen
-    if kind in ("F32", "F16") and inputs.rounds_to_bf16(chosen):
+    if kind in ("F32", "F16") and inputs.rounds_floats(chosen):
         allowed = ROUNDED
     assert perplexity(model, heldout, 256) == pytest.approx(expected, rel=allowed)
 
