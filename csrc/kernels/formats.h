@@ -930,12 +930,12 @@ struct Bf16Words {
   }
 
  private:
-  // What a row's numbers are multiplied by: one over its scale; 0 for a row of zeros.
+  // What a row's numbers are multiplied by: one over its scale. Where that is 0 or NaN the integers do not matter, as
+  // it multiplies their sums.
   template <int V>
   static KT_INLINE void load_multiples(const uint8_t* scales, int v0, F (&multiple)[V]) {
     KT_UNROLL
     for (int v = 0; v < V; ++v) {
-      // (A row whose scale is 0 has no number that this would not make 0.)
       const F scale = S::load(reinterpret_cast<const float*>(scales) + (v0 + v) * S::kLanes);
       multiple[v] = S::div(S::set1(1), S::max(scale, S::set1(1e-36f)));
     }

@@ -230,14 +230,11 @@ def shut_experts(format: str, hidden_size: int, intermediate_size: int) -> Exper
     return ExpertWeights.from_dense(gate, up, down, format)
 
 
-def rounds_floats(backend: str) -> bool:
-    """Whether a backend's `moe` rounds what bf16 weights are multiplied by: to bf16, or to integers
-    of 16 bits.
-    """
-    details = {
-        i.detail(probe.machine()) for i in registry.implementations(backend) if i.op == "moe"
-    }
-    return rounds_to_bf16(backend) or not details.isdisjoint({"avx2_vnni", "avx512_vnni"})
+def floats_as_integers(backend: str) -> bool:
+    """Whether a backend's `moe` multiplies bf16 weights as integers of 16 bits."""
+    machine = probe.machine()
+    details = {i.detail(machine) for i in registry.implementations(backend) if i.op == "moe"}
+    return not details.isdisjoint({"avx2_vnni", "avx512_vnni"})
 
 
 def rounds_to_bf16(backend: str, format: str | Format = "bf16") -> bool:
