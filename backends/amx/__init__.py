@@ -1,7 +1,7 @@
 """x86 processors with AMX (tiles of bf16) beside AVX-512: many tokens at a time.
 
-The kernels are in csrc/amx and csrc/kernels/tiles.h. They take weights as the other CPU backends
-pack them, so that calls with few tokens can go to those.
+The kernels are in csrc/amx and csrc/kernels/formats/tiles.h. They take weights as the other CPU
+backends pack them, so that calls with few tokens can go to those.
 """
 
 from __future__ import annotations

@@ -257,6 +257,7 @@ PYBIND11_MODULE(_C, m) {
           d["backend"] = isa.backend;
           d["requires"] = std::vector<std::string>(isa.requires_.begin(), isa.requires_.end());
           d["supported"] = isa.missing().empty();
+          d["bf16_products"] = isa.table->bf16_products;
           out.append(d);
         }
         return out;

@@ -21,7 +21,7 @@ static KT_INLINE void copy_rows(const uint8_t* from, int count, uint8_t* to, int
 // 16-bit integers, or of fewer bits where a layout allows no larger ones, with one scale per group of 32:
 // they leave 0.003 % of error.
 //
-// Four columns at a time are two items of four bytes, as Quads (quads.h) takes them:
+// Four columns at a time are two items of four bytes, as Quads (formats/quads.h) takes them:
 // item[K/2][R]; scale[K/32][R] f32; sum[K/16][R] i32, of 16 columns' integers each, which undo the
 // weights' bias; value[K/16][R] f32, what these sums stand for, which the weights' offsets multiply.
 //
@@ -412,6 +412,20 @@ struct Bf16Codec {
   static KT_INLINE void gather(const uint8_t* token, int planes, uint8_t* tile, int64_t rows,
                                int64_t row, int64_t groups) {
     copy_rows<kPairBytes>(token, planes, tile, rows, row, groups * (kGroup / 2));
+  }
+};
+
+// Where the encoded activations of tiles are: those of one token in `tokens`, by the token's number,
+// where there is such; all others in `tiles`, which begin with those of pair number `first`.
+struct EncodedTiles {
+  const uint8_t* tiles;
+  int64_t first, token_bytes;
+  const uint8_t* tokens = nullptr;
+  const int32_t* token_of = nullptr;  // null: pairs are tokens
+
+  KT_INLINE const uint8_t* operator()(const TokenTile& tile) const {
+    if (tokens == nullptr || tile.tokens > 1) return tiles + (tile.first - first) * token_bytes;
+    return tokens + (token_of == nullptr ? tile.first : token_of[tile.first]) * token_bytes;
   }
 };
 

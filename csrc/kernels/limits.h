@@ -76,7 +76,7 @@ static double spin_bf16(int64_t iterations) {
     for (int i = 0; i < 64; ++i) bytes[i] = static_cast<uint8_t>(i % 2 ? 0x3f : 0x80);
     const I w = S::load_i(bytes), a = S::broadcast4(bytes);
     return spin_floats<S>(iterations, 4.0, [&](F sum) { return S::dot_bf16(sum, w, a); });
-  } else if constexpr (S::kByteDots) {
+  } else if constexpr (kFloatsAsInt16<S>) {
     return spin_integers<S>(iterations, 4.0, [](I sum, I w, I a) { return S::dot_i16(sum, w, a); });
   } else {
     return spin_f32<S>(iterations);

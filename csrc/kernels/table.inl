@@ -14,15 +14,22 @@
 #include "kernels/rows.h"
 // (the order matters: each builds on the ones above)
 #include "kernels/math.h"
-#include "kernels/quads.h"
 #include "kernels/encode.h"
-#include "kernels/formats.h"
-#include "kernels/bytes.h"
-#include "kernels/short_sums.h"
+#include "kernels/formats/block.h"
+#include "kernels/formats/groups.h"
+#include "kernels/formats/quads.h"
+#include "kernels/formats/codes.h"
+#include "kernels/formats/int16.h"
+#include "kernels/formats/floats.h"
+#include "kernels/formats/bf16_int16.h"
+#include "kernels/formats/bf16_dot.h"
+#include "kernels/formats/bytes.h"
+#include "kernels/formats/short_sums.h"
 #if defined(KTCORE_TILES)
-#include "kernels/tiles.h"
+#include "kernels/formats/tiles.h"
 #endif
 #include "kernels/encode_tiles.h"
+#include "kernels/multiply.h"
 #include "kernels/moe.h"
 #include "kernels/linear.h"
 #include "kernels/route.h"
@@ -84,20 +91,29 @@ static constexpr FormatKernels coded() {
     return kernels_of<ByteCoded<Simd, kBits, kTable, kSets>>();
   }
 }
-// Where floats have no dot products of their own, integers of 16 bits are multiplied twice as fast.
+// Two planes of bf16 activations, where results are to be exact.
 template <Accuracy kAccuracy>
-static constexpr bool kFloatsAsWords =
-    !Simd::kBf16Dot && Simd::kByteDots && kAccuracy != Accuracy::exact;
+static constexpr int kBf16Planes = kAccuracy == Accuracy::exact ? 2 : 1;
 
-template <Accuracy kAccuracy, int kPlanes>
+template <Accuracy kAccuracy>
 static constexpr FormatKernels bf16() {
-  if constexpr (kFloatsAsWords<kAccuracy>) return kernels_of<Bf16Words<Simd>>();
-  return kernels_of<Bf16<Simd>, kPlanes>();
+  if constexpr (Simd::kBf16Dot) {
+    return kernels_of<Bf16Pairs<Simd, PairsFromBf16<Simd>>, kBf16Planes<kAccuracy>>();
+  } else if constexpr (kFloatsAsInt16<Simd> && kAccuracy != Accuracy::exact) {
+    return kernels_of<Bf16Words<Simd>>();
+  } else {
+    return kernels_of<Floats<Simd, FromBf16<Simd>>>();
+  }
 }
-template <Accuracy kAccuracy, int kPlanes>
+template <Accuracy kAccuracy>
 static constexpr FormatKernels f8() {
-  if constexpr (kFloatsAsWords<kAccuracy>) return kernels_of<Coded<Simd, F8Codes<Simd>, 1>>();
-  return kernels_of<F8<Simd>, kPlanes>();
+  if constexpr (Simd::kBf16Dot) {
+    return kernels_of<Bf16Pairs<Simd, PairsFromF8<Simd>>, kBf16Planes<kAccuracy>>();
+  } else if constexpr (kFloatsAsInt16<Simd> && kAccuracy != Accuracy::exact) {
+    return kernels_of<Coded<Simd, F8Codes<Simd>, 1>>();
+  } else {
+    return kernels_of<Floats<Simd, FromF8<Simd>>>();
+  }
 }
 template <Accuracy kAccuracy>
 static constexpr FormatKernels int8() {
@@ -111,9 +127,8 @@ static constexpr FormatKernels int8() {
 // In the order of WeightFormat.
 template <Accuracy kAccuracy>
 static constexpr AllFormats all_formats() {
-  constexpr int kPlanes = Simd::kBf16Dot && kAccuracy == Accuracy::exact ? 2 : 1;
-  return {{bf16<kAccuracy, kPlanes>(), kernels_of<Floats<Simd, FromF16<Simd>>>(),
-           kernels_of<Floats<Simd, FromF32<Simd>>>(), f8<kAccuracy, kPlanes>(), int8<kAccuracy>(),
+  return {{bf16<kAccuracy>(), kernels_of<Floats<Simd, FromF16<Simd>>>(),
+           kernels_of<Floats<Simd, FromF32<Simd>>>(), f8<kAccuracy>(), int8<kAccuracy>(),
            coded<kAccuracy, 2, false, 1>(), coded<kAccuracy, 2, false, 2>(),
            coded<kAccuracy, 3, false, 1>(), coded<kAccuracy, 3, false, 2>(),
            coded<kAccuracy, 4, false, 1>(), coded<kAccuracy, 4, false, 2>(),
@@ -151,6 +166,9 @@ static double spin_pairs(int64_t iterations) { return spin_bf16<Simd>(iterations
 extern const KernelTable table;
 const KernelTable table = {
     KTCORE_STRING(KTCORE_ISA),
+    Simd::kBf16Dot         ? "bf16"
+    : kFloatsAsInt16<Simd> ? "int16"
+                           : "float32",
     {all_formats<Accuracy::exact>(), kBf16, kInt8},
     route<Simd>,
     rms_norm<Simd>,

@@ -8,6 +8,7 @@ import zlib
 import torch
 from torch import Tensor
 
+from ktcore import _native
 from ktcore.backends.native.operators import FINER_THAN_TILES, TILES
 from ktcore.dispatch import probe, registry
 from ktcore.formats import Format, get_format
@@ -234,7 +235,8 @@ def floats_as_integers(backend: str) -> bool:
     """Whether a backend's `moe` multiplies bf16 weights as integers of 16 bits."""
     machine = probe.machine()
     details = {i.detail(machine) for i in registry.implementations(backend) if i.op == "moe"}
-    return not details.isdisjoint({"avx2_vnni", "avx512_vnni"})
+    isas = [] if _native.ext is None else _native.ext.isas()
+    return any(isa["name"] in details and isa["bf16_products"] == "int16" for isa in isas)
 
 
 def rounds_to_bf16(backend: str, format: str | Format = "bf16") -> bool:

@@ -1,6 +1,6 @@
 // Integer weights times activations of eight bits (ByteCodec): one byte dot product for four columns or, where
 // such are not exact, products of pairs of columns in 16 bits, of which as many are added up as fit there. See
-// formats.h for the two ways, dot and expand.
+// block.h for the two ways, dot and expand.
 //
 // In 16 columns an activation is scale * q + centre, with q a signed byte, so that a dot product with weights
 // w is
@@ -326,7 +326,7 @@ template <class S, int kBits, bool kTable, int kSets>
 using FineOf =
     std::conditional_t<kSets == 0, Int8Channel<S>, Coded<S, Codes<S, kBits, kTable>, kSets>>;
 
-// Weights as in Coded (formats.h), times activations of eight bits. With no set of scales they are of 8
+// Weights as in Coded (int16.h), times activations of eight bits. With no set of scales they are of 8
 // bits and have a scale for each row, behind the block's groups.
 template <class S, int kBits, bool kTable, int kSets>
 struct ByteCoded {

@@ -148,7 +148,7 @@ struct ShortPanel {
   }
 };
 
-// Weights as in Coded (formats.h), with one set of scales a group.
+// Weights as in Coded (int16.h), with one set of scales a group.
 template <class S, int kBits>
 struct ShortCoded {
   using Fine = Coded<S, Codes<S, kBits, false>, 1>;

@@ -200,7 +200,7 @@ struct TileFormat {
   static constexpr bool kPacked = false;  // whether packed weights are what a panel would hold
   static KT_INLINE void finish(const uint8_t*, int64_t, float*, int64_t) {}
 
-  // One block times tiles of rows: see multiply (formats.h).
+  // One block times tiles of rows: see multiply.h.
   template <class Format, class Place>
   static KT_INLINE void multiply(const WeightLayout& layout, const uint8_t* block, int64_t groups,
                                  const TokenTile* tiles, int count, const EncodedTiles& encoded,
@@ -332,7 +332,7 @@ struct TileF8 : TileFormat<S> {
   }
 };
 
-// Weights as in Coded (formats.h); with no set of scales they are of 8 bits and have a scale for each row,
+// Weights as in Coded (int16.h); with no set of scales they are of 8 bits and have a scale for each row,
 // behind the block's groups.
 template <class S, int kBits, bool kTable, int kSets>
 struct TileCoded : TileFormat<S> {

@@ -1,0 +1,116 @@
+// The scales and offsets of a block's groups.
+#pragma once
+
+namespace ktcore::KTCORE_ISA {
+
+// Goes through a block's groups: where each is, and its scales and offsets, of up to kSets sets, as
+// floats. See packed.h for how they lie and combine.
+template <class S, int kSets>
+class Groups {
+ public:
+  KT_INLINE Groups(const WeightLayout& layout, int64_t code_bytes, const uint8_t* block)
+      : layout_(layout),
+        code_bytes_(code_bytes),
+        both_sets_(layout.outer_sets() == 2),
+        block_(block),
+        group_bytes_(layout.group_bytes()),
+        inner_bytes_(layout.inner_bytes()),
+        outer_bytes_(layout.outer_bytes()) {}
+
+  KT_INLINE bool has_offsets() const { return layout_.offsets || layout_.inner_offsets; }
+  // Whether the next group has other outer scales.
+  KT_INLINE bool ends_span() const { return left_ == 1; }
+
+  // Goes to group g, or to the next one, and makes the outer scales of V vectors from v0 on ready.
+  template <int V>
+  KT_INLINE const uint8_t* begin(int64_t g, int v0) {
+    left_ = layout_.span - g % layout_.span;
+    group_ = block_ + layout_.group_at(g);
+    convert<V>(block_ + layout_.outer_at(g), v0);
+    return group_;
+  }
+  template <int V>
+  KT_INLINE const uint8_t* next(int v0) {
+    group_ += group_bytes_;
+    if (--left_ > 0) return group_;
+    left_ = layout_.span;
+    const uint8_t* outer = kSets == 2 ? group_ - inner_bytes_ : group_;
+    group_ += outer_bytes_;
+    convert<V>(outer, v0);
+    return group_;
+  }
+
+  // Of vector v of a set, the outer factor alone.
+  KT_INLINE typename S::F outer(int set, int v) const {
+    return S::load(scale_[both_sets_ ? set : 0] + v * S::kLanes);
+  }
+  // The scales and offsets of a group's set: of V vectors from v0 on, or of one.
+  template <int V>
+  KT_INLINE void scales(const uint8_t* group, int set, int v0, typename S::F (&to)[V]) const {
+    KT_UNROLL
+    for (int v = 0; v < V; ++v) to[v] = outer(set, v0 + v);
+    if (!layout_.inner_scales) return;
+    KT_UNROLL
+    for (int v = 0; v < V; ++v) to[v] = S::mul(to[v], S::to_f32(inner(group, set, v0 + v)));
+  }
+  template <int V>
+  KT_INLINE void offsets(const uint8_t* group, int set, int v0, typename S::F (&to)[V]) const {
+    const float* from = (layout_.offsets ? offset_ : scale_)[both_sets_ ? set : 0];
+    KT_UNROLL
+    for (int v = 0; v < V; ++v) to[v] = S::load(from + (v0 + v) * S::kLanes);
+    if (!layout_.inner_offsets) return;
+    const int at = layout_.inner_scales ? kSets + set : set;
+    KT_UNROLL
+    for (int v = 0; v < V; ++v) to[v] = S::mul(to[v], S::to_f32(inner(group, at, v0 + v)));
+  }
+  KT_INLINE typename S::F scale(const uint8_t* group, int set, int v) const {
+    typename S::F of_vector[1];
+    scales<1>(group, set, v, of_vector);
+    return of_vector[0];
+  }
+  KT_INLINE typename S::F offset(const uint8_t* group, int set, int v) const {
+    typename S::F of_vector[1];
+    offsets<1>(group, set, v, of_vector);
+    return of_vector[0];
+  }
+  // Of a set's inner scales or, behind them, inner offsets.
+  KT_INLINE typename S::I inner(const uint8_t* group, int set, int v) const {
+    const uint8_t* first = kSets == 2 ? group - inner_bytes_ : group + code_bytes_;
+    return S::load_i8(first + set * kBlockRows + v * S::kLanes);
+  }
+
+ private:
+  template <int V>
+  KT_INLINE void convert(const uint8_t* p, int v0) {
+    convert_set<V>(p, v0, scale_[0]);
+    if (kSets == 2 && both_sets_) convert_set<V>(p + layout_.set_bytes(), v0, scale_[kSecond]);
+    if (!layout_.offsets) return;
+    p += layout_.outer_sets() * layout_.set_bytes();
+    convert_set<V>(p, v0, offset_[0]);
+    if (kSets == 2 && both_sets_) convert_set<V>(p + layout_.set_bytes(), v0, offset_[kSecond]);
+  }
+  template <int V>
+  KT_INLINE void convert_set(const uint8_t* p, int v0, float* to) const {
+    for (int v = v0; v < v0 + V; ++v) {
+      const int64_t at = v * S::kLanes;
+      const auto* half = reinterpret_cast<const uint16_t*>(p) + at;
+      S::store(to + at, layout_.scale_type == DType::f32
+                            ? S::load(reinterpret_cast<const float*>(p) + at)
+                        : layout_.scale_type == DType::f16 ? S::load_f16(half)
+                                                           : S::load_bf16(half));
+    }
+  }
+
+  static constexpr int kSecond = kSets == 2 ? 1 : 0;
+  const WeightLayout& layout_;
+  const int64_t code_bytes_;
+  const bool both_sets_;
+  const uint8_t* block_;
+  const int64_t group_bytes_, inner_bytes_, outer_bytes_;
+  const uint8_t* group_ = nullptr;
+  int64_t left_ = 0;  // groups that have the outer scales at hand, this one included
+  alignas(64) float scale_[kSets == 2 ? 2 : 1][kBlockRows];
+  alignas(64) float offset_[kSets == 2 ? 2 : 1][kBlockRows];
+};
+
+}  // namespace ktcore::KTCORE_ISA
