@@ -243,8 +243,8 @@ struct AllFormats {
 
 struct KernelTable {
   const char* name;
-  const char*
-      bf16_products;      // of what bf16 weights are multiplied as: "bf16", "int16" or "float32"
+  // What bf16 weights and their activations are multiplied as: "bf16", "int16" or "float32".
+  const char* bf16_products;
   AllFormats formats[3];  // by Accuracy
   void (*route)(const RouteJob&, ThreadPool&);
   void (*rms_norm)(const NormJob&, ThreadPool&);
