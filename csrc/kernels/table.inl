@@ -91,29 +91,25 @@ static constexpr FormatKernels coded() {
     return kernels_of<ByteCoded<Simd, kBits, kTable, kSets>>();
   }
 }
-// Two planes of bf16 activations, where results are to be exact.
-template <Accuracy kAccuracy>
-static constexpr int kBf16Planes = kAccuracy == Accuracy::exact ? 2 : 1;
-
-template <Accuracy kAccuracy>
-static constexpr FormatKernels bf16() {
+// Floats by dot products of bf16, with two planes of activations where results are to be exact; else as integers of
+// 16 bits, or as float32.
+template <Accuracy kAccuracy, class Pairs, class Integers, class Columns>
+static constexpr FormatKernels floats() {
   if constexpr (Simd::kBf16Dot) {
-    return kernels_of<Bf16Pairs<Simd, PairsFromBf16<Simd>>, kBf16Planes<kAccuracy>>();
+    return kernels_of<Bf16Pairs<Simd, Pairs>, kAccuracy == Accuracy::exact ? 2 : 1>();
   } else if constexpr (kFloatsAsInt16<Simd> && kAccuracy != Accuracy::exact) {
-    return kernels_of<Bf16Words<Simd>>();
+    return kernels_of<Integers>();
   } else {
-    return kernels_of<Floats<Simd, FromBf16<Simd>>>();
+    return kernels_of<Floats<Simd, Columns>>();
   }
 }
 template <Accuracy kAccuracy>
+static constexpr FormatKernels bf16() {
+  return floats<kAccuracy, PairsFromBf16<Simd>, Bf16Words<Simd>, FromBf16<Simd>>();
+}
+template <Accuracy kAccuracy>
 static constexpr FormatKernels f8() {
-  if constexpr (Simd::kBf16Dot) {
-    return kernels_of<Bf16Pairs<Simd, PairsFromF8<Simd>>, kBf16Planes<kAccuracy>>();
-  } else if constexpr (kFloatsAsInt16<Simd> && kAccuracy != Accuracy::exact) {
-    return kernels_of<Coded<Simd, F8Codes<Simd>, 1>>();
-  } else {
-    return kernels_of<Floats<Simd, FromF8<Simd>>>();
-  }
+  return floats<kAccuracy, PairsFromF8<Simd>, Coded<Simd, F8Codes<Simd>, 1>, FromF8<Simd>>();
 }
 template <Accuracy kAccuracy>
 static constexpr FormatKernels int8() {

@@ -3,7 +3,8 @@
 
 namespace ktcore::KTCORE_ISA {
 
-// Weights as integers of 16 bits, so many to the largest of a row, which are made as a block is read. The rows' scales are behind the groups: NaN for a row that is not finite.
+// Weights as integers of 16 bits, so many to the largest of a row, which are made as a block is read. The rows' scales
+// are behind the groups: NaN for a row that is not finite.
 template <class S>
 struct Bf16Words {
   using Fine = Bf16Words;
