@@ -112,21 +112,30 @@ void pack_scales(const StoredMatrix& m, int64_t row0, int64_t rows, uint8_t* out
   }
 }
 
-// Bits [shift, shift + count) of 32 codes, into lanes of `count` units at `to`: the codes of columns
-// 4 i + j go to byte j of the lanes, 8 / count of them, from the lowest bits on. `unit_of(quad)` is the
-// number of the unit that a quad's bits are in.
-template <class UnitOf>
-void pack_bits(const uint8_t* codes, int shift, int count, uint8_t* to, UnitOf&& unit_of) {
-  const uint32_t mask = 0x01010101u * ((1u << count) - 1);
-  const int per_byte = 8 / count;
-  for (int quad = 0; quad < kGroup / 4; quad += per_byte) {
-    uint32_t lane = 0;
-    for (int i = 0; i < per_byte; ++i, codes += 4) {
-      uint32_t four;
-      std::memcpy(&four, codes, 4);
-      lane |= ((four >> shift) & mask) << (i * count);
+// 32 codes of kBits bits into a row's lanes of the units at `to`.
+template <int kBits>
+void pack_quads(const uint8_t* codes, uint8_t* to) {
+  uint32_t lanes[kBits] = {};
+  KT_UNROLL
+  for (int quad = 0; quad < kGroup / 4; ++quad) {
+    uint32_t four;
+    std::memcpy(&four, codes + 4 * quad, 4);
+    const QuadParts parts = quad_parts(kBits, quad);
+    for (int i = 0; i < parts.count; ++i) {
+      const CodePart& part = parts.part[i];
+      lanes[part.unit] |= ((four >> part.to) & 0x01010101u * ((1u << part.bits) - 1)) << part.at;
     }
-    std::memcpy(to + unit_of(quad) * kUnitBytes, &lane, 4);
+  }
+  for (int unit = 0; unit < kBits; ++unit) std::memcpy(to + unit * kUnitBytes, lanes + unit, 4);
+}
+void pack_quads(int64_t bits, const uint8_t* codes, uint8_t* to) {
+  switch (bits) {
+    case 2: return pack_quads<2>(codes, to);
+    case 3: return pack_quads<3>(codes, to);
+    case 4: return pack_quads<4>(codes, to);
+    case 5: return pack_quads<5>(codes, to);
+    case 6: return pack_quads<6>(codes, to);
+    default: return pack_quads<8>(codes, to);
   }
 }
 
@@ -160,7 +169,6 @@ void unpack_block(const StoredMatrix& m, int64_t row, int64_t column, uint8_t* c
 }
 
 void pack_codes(const StoredMatrix& m, int64_t row0, int64_t rows, uint8_t* out) {
-  const CodeParts parts = CodeParts::of(static_cast<int>(m.layout.code_bits()));
   // Group by group, so that what is written stays in the first-level cache.
   for (int64_t k = 0; k < m.cols; k += kGroup) {
     uint8_t* group = out + m.layout.group_at(k / kGroup);
@@ -174,11 +182,7 @@ void pack_codes(const StoredMatrix& m, int64_t row0, int64_t rows, uint8_t* out)
       } else {
         unpack_block(m, row0 + r, k, codes);
       }
-      uint8_t* lane = group + r * 4;
-      pack_bits(codes, 0, parts.low, lane, [&](int quad) { return parts.low_unit(quad); });
-      if (parts.high == 0) continue;
-      pack_bits(codes, parts.low, parts.high, lane,
-                [&](int quad) { return parts.high_unit(quad); });
+      pack_quads(m.layout.code_bits(), codes, group + r * 4);
     }
   }
   pack_scales(m, row0, rows, out);

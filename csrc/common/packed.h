@@ -11,10 +11,8 @@
 //   f8        unit = 4 columns of e4m3, of which bytes 0 and 2, then 1 and 3 hold neighbours; scales as for codes
 //   int8      unit = 4 columns; at the end 32 float scales
 //   codesN    integers less a bias, N bits each: weight = scale * (code - bias) + offset. The codes of
-//             a group of 32 columns are N units. In a lane of 2 or 4 bits a column, byte j has columns
-//             4 i + j, those of i = 0 in the lowest bits. Codes of 3, 5 and 6 bits are units of their
-//             lower 2, 4 and 4 bits and units of the others, in the order in which they are needed.
-//             Codes of 8 bits are signed and have no bias.
+//             a group of 32 columns are N units. Byte j of a lane has bits of columns 4 i + j; which, and
+//             where, quad_parts() tells. Codes of 8 bits are signed and have no bias.
 //   table4    as codes4, but the codes number 16 levels, which the layout lists
 //   ..._g16   the same, with scales for 16 columns each
 //
@@ -169,26 +167,42 @@ struct WeightLayout {
   }
 };
 
-// Codes of 3, 5 and 6 bits are in two parts, the lower 2 or 4 bits and the others. A unit holds 8 / bits
-// quads' bits of a part. Units stand in the order in which they are needed, so that a block is read from
-// one end to the other: that of quad q's lower bits, and then that of its upper bits. Always inlined, too.
-struct CodeParts {
-  int low, high;  // bits
-  static KT_INLINE constexpr CodeParts of(int bits) {
-    const int low = bits == 8 ? 8 : bits >= 4 ? 4 : 2;
-    return {low, bits - low};
-  }
-  // The number of the unit: those of its part before it, and those of the other part that are needed by
-  // quads before its first one, for upper bits by that one as well.
-  KT_INLINE constexpr int low_unit(int quad) const {
-    const int unit = quad * low / 8;
-    return unit + (unit * (8 / low) * high + 7) / 8;
-  }
-  KT_INLINE constexpr int high_unit(int quad) const {
-    const int unit = quad * high / 8;
-    return unit + unit * (8 / high) * low / 8 + 1;
-  }
+// Where the codes of a quad (columns 4 i to 4 i + 3 of a group) are: bits [at, at + bits) of each byte of a unit
+// are bits [to, to + bits) of them.
+struct CodePart {
+  int unit, at, to, bits;
 };
+struct QuadParts {
+  int count;
+  CodePart part[3];
+};
+
+// As few codes as possible are in parts: a byte holds as many as fit whole, two of 3 bits or one of 5 or 6, and what
+// is left over in three bytes of a lane makes a code, or in two together with bits of a third that both halves of
+// the group share. Units are numbered in the order in which quads need them, so that a block is read from one end to
+// the other. Always inlined, too.
+static KT_INLINE constexpr QuadParts quad_parts(int bits, int quad) {
+  const int half = quad / 4, place = quad % 4;
+  switch (bits) {
+    case 3: {
+      const int own = 2 * half, shared = 1;
+      if (place < 2) return {1, {{own, 3 * place, 0, 3}}};
+      if (place == 2) return {1, {{shared, 3 * half, 0, 3}}};
+      return {2, {{own, 6, 0, 2}, {shared, 6 + half, 2, 1}}};
+    }
+    case 5: {
+      const int pair = quad / 2, own = pair == 0 ? 0 : pair + 1, shared = 1;
+      if (quad % 2 == 0) return {1, {{own, 0, 0, 5}}};
+      return {2, {{shared, 2 * pair, 0, 2}, {own, 5, 2, 3}}};
+    }
+    case 6: {
+      const int first = 3 * half;
+      if (place < 3) return {1, {{first + place, 0, 0, 6}}};
+      return {3, {{first, 6, 0, 2}, {first + 1, 6, 2, 2}, {first + 2, 6, 4, 2}}};
+    }
+    default: return {1, {{quad * bits / 8, quad * bits % 8, 0, bits}}};
+  }
+}
 
 // Bits [shift, shift + bits) of the codes of a block: see Field in ktcore/formats/base.py.
 struct CodeField {

@@ -70,17 +70,6 @@ static KT_INLINE void ask_ahead(const uint8_t* p, Prefetch bytes) {
   S::prefetch_l2(p + bytes.second_level);
 }
 
-// V vectors of units, and asks for what will be read later.
-template <class S, int V>
-static KT_INLINE void load_units(typename S::I (&raw)[V], const uint8_t* w, Prefetch prefetch) {
-  KT_UNROLL
-  for (int v = 0; v < V; ++v) {
-    const uint8_t* p = w + v * S::kLanes * 4;
-    ask_ahead<S>(p, prefetch);
-    raw[v] = S::load_i(p);
-  }
-}
-
 // Groups [first, first + count) of the `groups` of a block.
 struct Range {
   int64_t first, count, groups;

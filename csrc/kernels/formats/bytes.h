@@ -237,14 +237,14 @@ struct ByteWeights {
   // The sums of products of a group's half, as of a panel's, and those of its weights, which begin with `excess`.
   template <int V, int R, class Tile>
   static KT_INLINE void sum_half(int half, I (&sum)[V][R], I (&of_weights)[V], I excess,
-                                 I (&low)[V], I (&high)[V], const uint8_t* w, I levels,
+                                 I (&units)[V][Code::kUnits], const uint8_t* w, I levels,
                                  const Tile& x, Prefetch prefetch) {
     KT_UNROLL
     for (int v = 0; v < V; ++v) of_weights[v] = excess;
     if (half == 0) {
-      add_quads<0>(sum, of_weights, low, high, w, levels, x, prefetch);
+      add_quads<0>(sum, of_weights, units, w, levels, x, prefetch);
     } else {
-      add_quads<4>(sum, of_weights, low, high, w, levels, x, prefetch);
+      add_quads<4>(sum, of_weights, units, w, levels, x, prefetch);
     }
   }
   // Widens a group of a vector of rows, and adds its weights to the sums of each half.
@@ -258,46 +258,45 @@ struct ByteWeights {
 
   // Adds four quads from number kFirst on to sums of products, and to those of the weights.
   template <int kFirst, int V, int R, class Tile>
-  static KT_INLINE void add_quads(I (&sum)[V][R], I (&of_weights)[V], I (&low)[V], I (&high)[V],
+  static KT_INLINE void add_quads(I (&sum)[V][R], I (&of_weights)[V], I (&units)[V][Code::kUnits],
                                   const uint8_t* w, I levels, const Tile& x, Prefetch prefetch) {
     I bytes[V];
     if constexpr (S::kByteDots) {
       start_sums<S, V, R>(sum, x.starts + kFirst / 4 * R);
-      add_quad<kFirst, V, R>(sum, of_weights, bytes, low, high, w, levels, x.items, prefetch);
-      add_quad<kFirst + 1, V, R>(sum, of_weights, bytes, low, high, w, levels, x.items, prefetch);
-      add_quad<kFirst + 2, V, R>(sum, of_weights, bytes, low, high, w, levels, x.items, prefetch);
-      add_quad<kFirst + 3, V, R>(sum, of_weights, bytes, low, high, w, levels, x.items, prefetch);
+      add_quad<kFirst, V, R>(sum, of_weights, bytes, units, w, levels, x.items, prefetch);
+      add_quad<kFirst + 1, V, R>(sum, of_weights, bytes, units, w, levels, x.items, prefetch);
+      add_quad<kFirst + 2, V, R>(sum, of_weights, bytes, units, w, levels, x.items, prefetch);
+      add_quad<kFirst + 3, V, R>(sum, of_weights, bytes, units, w, levels, x.items, prefetch);
     } else {
       I first[V], second[V];
-      widen<kFirst, V>(first, of_weights, bytes, low, high, w, levels, prefetch);
-      widen<kFirst + 1, V>(second, of_weights, bytes, low, high, w, levels, prefetch);
+      widen<kFirst, V>(first, of_weights, bytes, units, w, levels, prefetch);
+      widen<kFirst + 1, V>(second, of_weights, bytes, units, w, levels, prefetch);
       add_two<S, kBits, 0, V, R>(sum, first, second, x, kFirst / 4);
-      widen<kFirst + 2, V>(first, of_weights, bytes, low, high, w, levels, prefetch);
-      widen<kFirst + 3, V>(second, of_weights, bytes, low, high, w, levels, prefetch);
+      widen<kFirst + 2, V>(first, of_weights, bytes, units, w, levels, prefetch);
+      widen<kFirst + 3, V>(second, of_weights, bytes, units, w, levels, prefetch);
       add_two<S, kBits, 2, V, R>(sum, first, second, x, kFirst / 4);
     }
   }
   template <int Q, int V, int R>
-  static KT_INLINE void add_quad(I (&sum)[V][R], I (&of_weights)[V], I (&bytes)[V], I (&low)[V],
-                                 I (&high)[V], const uint8_t* w, I levels, const uint8_t* items,
-                                 Prefetch prefetch) {
+  static KT_INLINE void add_quad(I (&sum)[V][R], I (&of_weights)[V], I (&bytes)[V],
+                                 I (&units)[V][Code::kUnits], const uint8_t* w, I levels,
+                                 const uint8_t* items, Prefetch prefetch) {
     I weight[V];
-    widen<Q, V>(weight, of_weights, bytes, low, high, w, levels, prefetch);
+    widen<Q, V>(weight, of_weights, bytes, units, w, levels, prefetch);
     add_items<S, V, R>(sum, weight, items + Q * 4 * R);
   }
   // Quad Q's weights, and their part of the sums of weights.
   template <int Q, int V>
-  static KT_INLINE void widen(I (&weight)[V], I (&of_weights)[V], I (&bytes)[V], I (&low)[V],
-                              I (&high)[V], const uint8_t* w, I levels, Prefetch prefetch) {
-    if constexpr (Q % Code::kLowQuads == 0) {
-      load_units<S, V>(low, w + Code::kParts.low_unit(Q) * kUnitBytes, prefetch);
-    }
-    if constexpr (Code::kHigh > 0 && Q % Code::kHighQuads == 0) {
-      load_units<S, V>(high, w + Code::kParts.high_unit(Q) * kUnitBytes, prefetch);
+  static KT_INLINE void widen(I (&weight)[V], I (&of_weights)[V], I (&bytes)[V],
+                              I (&units)[V][Code::kUnits], const uint8_t* w, I levels,
+                              Prefetch prefetch) {
+    KT_UNROLL
+    for (int v = 0; v < V; ++v) {
+      Code::template read<Q, true>(units[v], w + v * S::kLanes * 4, prefetch);
     }
     KT_UNROLL
     for (int v = 0; v < V; ++v) {
-      weight[v] = Code::template widen<Quad, Q>(low[v], Code::kHigh > 0 ? high[v] : low[v], levels);
+      weight[v] = Code::template widen<Quad, Q>(units[v], levels);
       bytes[v] = kAddsBytes && Q % 4 > 0 ? S::add_i8(bytes[v], weight[v]) : weight[v];
       if constexpr (!kAddsBytes || Q % 4 == 3) {
         of_weights[v] = S::dot_u8(of_weights[v], bytes[v], S::set1_i8(1));
@@ -307,16 +306,14 @@ struct ByteWeights {
   template <int... Q>
   static KT_INLINE void expand_quads(const uint8_t* from, I levels, uint8_t* to, I (&of_weights)[2],
                                      std::integer_sequence<int, Q...>) {
-    (expand_quad<Q>(from, levels, to, of_weights[Q / 4]), ...);
+    I units[Code::kUnits];
+    (expand_quad<Q>(from, units, levels, to, of_weights[Q / 4]), ...);
   }
   template <int Q>
-  static KT_INLINE void expand_quad(const uint8_t* from, I levels, uint8_t* to, I& of_weights) {
-    const I low = S::load_i(from + Code::kParts.low_unit(Q) * kUnitBytes);
-    I high = low;
-    if constexpr (Code::kHigh > 0) {
-      high = S::load_i(from + Code::kParts.high_unit(Q) * kUnitBytes);
-    }
-    const I weight = Code::template widen<Quad, Q>(low, high, levels);
+  static KT_INLINE void expand_quad(const uint8_t* from, I (&units)[Code::kUnits], I levels,
+                                    uint8_t* to, I& of_weights) {
+    Code::template read<Q, false>(units, from, {});
+    const I weight = Code::template widen<Quad, Q>(units, levels);
     of_weights = S::dot_u8(of_weights, weight, S::set1_i8(1));
     S::store_i(to + Q * kUnitBytes, weight);
   }
@@ -358,22 +355,18 @@ struct ByteCoded {
       const uint8_t* group = groups.template begin<V>(range.first, v0);
       for (int64_t left = range.count;; group = groups.template next<V>(v0), x.next()) {
         if (v0 == 0) coming.step();
-        // Codes alone are asked for, which is best, but for the scales of 5 and 6 bits: 3 %.
-        if constexpr (Code::kLow == 4 && Code::kHigh > 0) {
-          ask_ahead<S>(group + Code::kBytes, prefetch);
-        }
+        groups.ask_scales(group, prefetch);
         if constexpr (kSets == 2) {  // before the codes, as a Zen 4 follows ascending lines alone
           S::prefetch(group - 128);
           S::prefetch(group - 64);
         }
         F scale[2][V], offset[2][V];
-        I low[V], high[V], of_weights[2][V];
+        I units[V][Code::kUnits], of_weights[2][V];
         const uint8_t* codes = group + v0 * S::kLanes * 4;
         KT_UNROLL
         for (int half = 0; half < 2; ++half) {
           I sum[V][R];
-          Weights::sum_half(half, sum, of_weights[half], excess, low, high, codes, levels, x,
-                            prefetch);
+          Weights::sum_half(half, sum, of_weights[half], excess, units, codes, levels, x, prefetch);
           end_sums<S, kBits>(sum, x.starts + half * R);
           if (half < kSets) {
             groups.template scales<V>(group, half, v0, scale[half]);

@@ -3,39 +3,95 @@
 
 namespace ktcore::KTCORE_ISA {
 
+// Reads a unit's vector of rows and, if kAsks, asks for what will be read later.
+template <class S, bool kAsks>
+static KT_INLINE typename S::I read_unit(const uint8_t* p, Prefetch prefetch) {
+  if constexpr (kAsks) ask_ahead<S>(p, prefetch);
+  return S::load_i(p);
+}
+
 // Codes of kBits bits or, with kTable, of 16 levels: four columns (a quad) are taken out of the bytes of a
-// lane at a time. Those of 3, 5 and 6 bits are in two parts: the lower 2 or 4 bits in units of their own, the
-// upper ones in others.
+// lane at a time. Those of 3, 5 and 6 bits may be in several units.
 template <class S, int kBits, bool kTable>
 struct Codes {
   using I = typename S::I;
-  static constexpr CodeParts kParts = CodeParts::of(kBits);
-  static constexpr int kLow = kParts.low, kHigh = kParts.high;
+  // A bit of each of 32 columns and 32 rows is one unit.
+  static constexpr int kUnits = kBits;                   // of a group
   static constexpr bool kPairs = false;                  // of columns 0 and 1, 2 and 3
   static constexpr bool kBiased = !kTable && kBits < 8;  // as 16 bits
   static constexpr float kUnit = 1;
   template <int R>
   using Quad = Quads<S, R>;
-  // A bit of each of 32 columns and 32 rows is one unit.
-  static constexpr int64_t kBytes = kBits * kUnitBytes;  // of a group
-  // How many quads share the bytes of a unit.
-  static constexpr int kLowQuads = 8 / kLow, kHighQuads = kHigh == 0 ? 8 : 8 / kHigh;
+  static constexpr int64_t kBytes = kUnits * kUnitBytes;
+  static constexpr bool kSplit = 8 % kBits != 0;  // codes, into parts
 
   // What all codes are larger by than the weights they stand for.
   template <class Quad>
   static KT_INLINE int32_t bias(const WeightLayout& layout) {
     return kTable || kBits == 8 ? Quad::kByteBias : layout.bias;
   }
-  // Quad Q of a group out of the units that hold its lower and upper bits.
+  // Reads the units of a vector of rows that quad Q needs and those before it did not.
+  template <int Q, bool kAsks>
+  static KT_INLINE void read(I (&units)[kUnits], const uint8_t* codes, Prefetch prefetch) {
+    read_parts<Q, kAsks>(units, codes, prefetch,
+                         std::make_integer_sequence<int, quad_parts(kBits, Q).count>());
+  }
+  // Quad Q of a group out of its units.
   template <class Quad, int Q>
-  static KT_INLINE typename Quad::Weights widen(I low, I high, I levels) {
-    constexpr int kAt = Q % kLowQuads * kLow, kHighAt = kHigh == 0 ? 0 : Q % kHighQuads * kHigh;
+  static KT_INLINE typename Quad::Weights widen(const I (&units)[kUnits], I levels) {
+    constexpr CodePart kFirst = quad_parts(kBits, Q).part[0];
+    const I first = units[kFirst.unit];
     if constexpr (kTable) {
-      return Quad::of_levels(levels, Q % 2 == 0 ? S::low_nibbles(low) : S::high_nibbles(low));
+      return Quad::of_levels(levels, Q % 2 == 0 ? S::low_nibbles(first) : S::high_nibbles(first));
     } else if constexpr (kBits == 8) {
-      return Quad::of_bytes(low);
+      return Quad::of_bytes(first);
+    } else if constexpr (!kSplit) {
+      return Quad::template of_field<kFirst.at, kBits>(first);
     } else {
-      return Quad::template of_codes<kAt, kLow, kHighAt, kHigh>(low, high);
+      return Quad::of_codes(join<Q, 1>(units, part_of<kFirst>(first)));
+    }
+  }
+
+ private:
+  template <int Q, bool kAsks, int... N>
+  static KT_INLINE void read_parts(I (&units)[kUnits], const uint8_t* codes, Prefetch prefetch,
+                                   std::integer_sequence<int, N...>) {
+    (read_part<Q, kAsks, quad_parts(kBits, Q).part[N].unit>(units, codes, prefetch), ...);
+  }
+  template <int Q, bool kAsks, int kNumber>
+  static KT_INLINE void read_part(I (&units)[kUnits], const uint8_t* codes, Prefetch prefetch) {
+    if constexpr (first_quad(kNumber) == Q) {
+      units[kNumber] = read_unit<S, kAsks>(codes + kNumber * kUnitBytes, prefetch);
+    }
+  }
+  static constexpr int first_quad(int unit) {
+    for (int quad = 0;; ++quad) {
+      const QuadParts parts = quad_parts(kBits, quad);
+      for (int i = 0; i < parts.count; ++i) {
+        if (parts.part[i].unit == unit) return quad;
+      }
+    }
+  }
+
+  // A part of a quad's codes where it is in them, and the parts from number N on as well.
+  template <CodePart kPart>
+  static KT_INLINE I part_of(I unit) {
+    return S::and_i(S::template shift16<kPart.at - kPart.to>(unit), mask<kPart>());
+  }
+  template <CodePart kPart>
+  static KT_INLINE I mask() {
+    return S::set1_i8(((1 << kPart.bits) - 1) << kPart.to);
+  }
+  template <int Q, int N>
+  static KT_INLINE I join(const I (&units)[kUnits], I codes) {
+    constexpr QuadParts kParts = quad_parts(kBits, Q);
+    if constexpr (N == kParts.count) {
+      return codes;
+    } else {
+      constexpr CodePart kPart = kParts.part[N];
+      return join<Q, N + 1>(units,
+                            S::and_or(S::template shift16<kPart.at - kPart.to>(units[kPart.unit]),
+                                      mask<kPart>(), codes));
     }
   }
 };
@@ -46,11 +102,10 @@ struct Codes {
 template <class S>
 struct F8Codes {
   using I = typename S::I;
-  static constexpr CodeParts kParts = CodeParts::of(8);
-  static constexpr int kLow = 8, kHigh = 0, kLowQuads = 1, kHighQuads = 8;
+  static constexpr int kUnits = 8;
   static constexpr bool kPairs = true, kBiased = false;
   static constexpr float kUnit = 1.0f / kF8Multiple;
-  static constexpr int64_t kBytes = 8 * kUnitBytes;
+  static constexpr int64_t kBytes = kUnits * kUnitBytes;
   template <int R>
   using Quad = WordQuads<S>;
 
@@ -58,8 +113,13 @@ struct F8Codes {
   static KT_INLINE int32_t bias(const WeightLayout&) {
     return 0;
   }
-  template <class, int>
-  static KT_INLINE typename WordQuads<S>::Weights widen(I raw, I, I) {
+  template <int Q, bool kAsks>
+  static KT_INLINE void read(I (&units)[kUnits], const uint8_t* codes, Prefetch prefetch) {
+    units[Q] = read_unit<S, kAsks>(codes + Q * kUnitBytes, prefetch);
+  }
+  template <class, int Q>
+  static KT_INLINE typename WordQuads<S>::Weights widen(const I (&units)[kUnits], I) {
+    const I raw = units[Q];
     static constexpr int8_t kMantissa[16] = {32, 36, 40, 44, 48, 52,  56,  60,
                                              64, 72, 80, 88, 96, 104, 112, 120};
     static constexpr int8_t kLower[16] = {1, 4, 16, 64, 0, 0, 0, 0, -1, -4, -16, -64, 0, 0, 0, 0};

@@ -236,25 +236,23 @@ struct Coded {
       const uint8_t* group = groups.template begin<V>(range.first, v0);
       for (int64_t g = range.first;; group = groups.template next<V>(v0), a += 2 * kGroup * R) {
         if (v0 == 0) coming.step();
-        // Codes alone are asked for, which is best, but for the scales of 5 and 6 bits: 3 %.
-        if constexpr (Code::kLow == 4 && Code::kHigh > 0)
-          ask_ahead<S>(group + Code::kBytes, prefetch);
+        groups.ask_scales(group, prefetch);
         if constexpr (kSets == 2) {  // before the codes, as a Zen 4 follows ascending lines alone
           S::prefetch(group - 128);
           S::prefetch(group - 64);
         }
-        I sum[V][R];
-        sum_set<0, V, R>(layout, group, g, v0, levels, a, x_sum, sum, prefetch);
+        I sum[V][R], units[V][Code::kUnits];
+        sum_set<0, V, R>(layout, group, g, v0, levels, a, x_sum, units, sum, prefetch);
         if constexpr (kSets == 1) {
           add_set<0, V, R>(groups, group, g, v0, x_scale, x_value, sum, acc);
         } else if (!layout.folded()) {
           add_set<0, V, R>(groups, group, g, v0, x_scale, x_value, sum, acc);
-          sum_set<1, V, R>(layout, group, g, v0, levels, a, x_sum, sum, prefetch);
+          sum_set<1, V, R>(layout, group, g, v0, levels, a, x_sum, units, sum, prefetch);
           add_set<1, V, R>(groups, group, g, v0, x_scale, x_value, sum, acc);
         } else {
           I other[V][R];
           F factor[V];
-          sum_set<1, V, R>(layout, group, g, v0, levels, a, x_sum, other, prefetch);
+          sum_set<1, V, R>(layout, group, g, v0, levels, a, x_sum, units, other, prefetch);
           KT_UNROLL
           for (int v = 0; v < V; ++v) {
             const I first = groups.inner(group, 0, v0 + v), second = groups.inner(group, 1, v0 + v);
@@ -328,15 +326,14 @@ struct Coded {
   template <bool kFolded, int... Q>
   static KT_INLINE void expand_quads(const uint8_t* from, I levels, I bias, const I* factors,
                                      uint8_t* to, std::integer_sequence<int, Q...>) {
-    (expand_quad<kFolded, Q>(from, levels, bias, factors, to), ...);
+    I units[Code::kUnits];
+    (expand_quad<kFolded, Q>(from, units, levels, bias, factors, to), ...);
   }
   template <bool kFolded, int Q>
-  static KT_INLINE void expand_quad(const uint8_t* from, I levels, I bias, const I* factors,
-                                    uint8_t* to) {
-    const I low = S::load_i(from + Code::kParts.low_unit(Q) * kUnitBytes);
-    I high = low;
-    if constexpr (Code::kHigh > 0) high = S::load_i(from + Code::kParts.high_unit(Q) * kUnitBytes);
-    auto weights = Code::template widen<WordQuads<S>, Q>(low, high, levels);
+  static KT_INLINE void expand_quad(const uint8_t* from, I (&units)[Code::kUnits], I levels, I bias,
+                                    const I* factors, uint8_t* to) {
+    Code::template read<Q, false>(units, from, {});
+    auto weights = Code::template widen<WordQuads<S>, Q>(units, levels);
     if constexpr (Code::kBiased) {
       weights.even = S::sub_i16(weights.even, bias);
       weights.odd = S::sub_i16(weights.odd, bias);
@@ -352,11 +349,10 @@ struct Coded {
   // The sums of one set of a group's columns, as integers.
   template <int kSet, int V, int R>
   static KT_INLINE void sum_set(const WeightLayout& layout, const uint8_t* group, int64_t g, int v0,
-                                I levels, const uint8_t* a, const int32_t* x_sum, I (&total)[V][R],
-                                Prefetch prefetch) {
+                                I levels, const uint8_t* a, const int32_t* x_sum,
+                                I (&units)[V][Code::kUnits], I (&total)[V][R], Prefetch prefetch) {
     using Quad = typename Code::template Quad<R>;
     constexpr int kQuads = 8 / kSets;
-    I low[V], high[V];
     typename Quad::Sum sum[V][R];
     KT_UNROLL
     for (int r = 0; r < R; ++r) {
@@ -365,7 +361,7 @@ struct Coded {
       KT_UNROLL
       for (int v = 0; v < V; ++v) sum[v][r] = Quad::start(start);
     }
-    add_quads<kSet * kQuads, V, R>(sum, low, high, group + v0 * S::kLanes * 4, levels, a, prefetch,
+    add_quads<kSet * kQuads, V, R>(sum, units, group + v0 * S::kLanes * 4, levels, a, prefetch,
                                    Numbers<kQuads>());
     KT_UNROLL
     for (int v = 0; v < V; ++v) {
@@ -413,27 +409,26 @@ struct Coded {
   }
 
   template <int kFirst, int V, int R, int... Q>
-  static KT_INLINE void add_quads(typename Code::template Quad<R>::Sum (&sum)[V][R], I (&low)[V],
-                                  I (&high)[V], const uint8_t* w, I levels, const uint8_t* a,
-                                  Prefetch prefetch, std::integer_sequence<int, Q...>) {
-    (add_quad<kFirst + Q, Q == 0, V, R>(sum, low, high, w, levels, a, prefetch), ...);
+  static KT_INLINE void add_quads(typename Code::template Quad<R>::Sum (&sum)[V][R],
+                                  I (&units)[V][Code::kUnits], const uint8_t* w, I levels,
+                                  const uint8_t* a, Prefetch prefetch,
+                                  std::integer_sequence<int, Q...>) {
+    (add_quad<kFirst + Q, V, R>(sum, units, w, levels, a, prefetch), ...);
   }
 
-  template <int Q, bool kIsFirst, int V, int R>
-  static KT_INLINE void add_quad(typename Code::template Quad<R>::Sum (&sum)[V][R], I (&low)[V],
-                                 I (&high)[V], const uint8_t* w, I levels, const uint8_t* a,
-                                 Prefetch prefetch) {
+  template <int Q, int V, int R>
+  static KT_INLINE void add_quad(typename Code::template Quad<R>::Sum (&sum)[V][R],
+                                 I (&units)[V][Code::kUnits], const uint8_t* w, I levels,
+                                 const uint8_t* a, Prefetch prefetch) {
     using Quad = typename Code::template Quad<R>;
-    if constexpr (Q % Code::kLowQuads == 0) {
-      load_units<S, V>(low, w + Code::kParts.low_unit(Q) * kUnitBytes, prefetch);
-    }
-    if constexpr (Code::kHigh > 0 && (Q % Code::kHighQuads == 0 || kIsFirst)) {
-      load_units<S, V>(high, w + Code::kParts.high_unit(Q) * kUnitBytes, prefetch);
-    }
     typename Quad::Weights weight[V];
     KT_UNROLL
     for (int v = 0; v < V; ++v) {
-      weight[v] = Code::template widen<Quad, Q>(low[v], Code::kHigh > 0 ? high[v] : low[v], levels);
+      Code::template read<Q, true>(units[v], w + v * S::kLanes * 4, prefetch);
+    }
+    KT_UNROLL
+    for (int v = 0; v < V; ++v) {
+      weight[v] = Code::template widen<Quad, Q>(units[v], levels);
     }
     Quad::template add<V, R>(sum, weight, a + 2 * Q * R * 4);
   }

@@ -21,15 +21,13 @@ struct WordQuads {
   static KT_INLINE Weights of_levels(I table, I codes) {
     return of_bytes(S::look_up(table, codes));
   }
-  // Bits [kAt, kAt + kLow) of every byte of `low`, and above them [kHighAt, kHighAt + kHigh) of `high`.
-  template <int kAt, int kLow, int kHighAt, int kHigh>
-  static KT_INLINE Weights of_codes(I low, I high) {
-    Weights w{field<kAt, kLow, 0>(low), field<kAt + 8, kLow, 0>(low)};
-    if constexpr (kHigh > 0) {
-      w.even = S::or_i(w.even, field<kHighAt, kHigh, kLow>(high));
-      w.odd = S::or_i(w.odd, field<kHighAt + 8, kHigh, kLow>(high));
-    }
-    return w;
+  // Codes that are bytes, and those that are bits [kAt, kAt + kBits) of every byte.
+  static KT_INLINE Weights of_codes(I bytes) {
+    return {S::and_i(bytes, S::set1_i16(255)), S::template shift16<8>(bytes)};
+  }
+  template <int kAt, int kBits>
+  static KT_INLINE Weights of_field(I raw) {
+    return {field<kAt, kBits>(raw), field<kAt + 8, kBits>(raw)};
   }
 
   static KT_INLINE Sum start(I sum) { return sum; }
@@ -47,12 +45,12 @@ struct WordQuads {
   }
 
  private:
-  // Bits [shift, shift + count) of every 16, moved to `to`.
-  template <int kShift, int kCount, int kTo>
+  // Bits [kAt, kAt + kBits) of every 16.
+  template <int kAt, int kBits>
   static KT_INLINE I field(I raw) {
-    const I moved = S::template shift16<kShift - kTo>(raw);
-    if constexpr (kShift + kCount == 16 && kTo == 0) return moved;
-    return S::and_i(moved, S::set1_i16(((1 << kCount) - 1) << kTo));
+    const I moved = S::template shift16<kAt>(raw);
+    if constexpr (kAt + kBits == 16) return moved;
+    return S::and_i(moved, S::set1_i16((1 << kBits) - 1));
   }
 };
 
@@ -71,12 +69,10 @@ struct ByteQuads {
   static KT_INLINE Weights of_bytes(I raw) { return S::xor_i(raw, S::set1_i8(-128)); }
   static KT_INLINE I table(const int8_t* levels) { return of_bytes(S::table16(levels)); }
   static KT_INLINE Weights of_levels(I table, I codes) { return S::look_up(table, codes); }
-  template <int kAt, int kLow, int kHighAt, int kHigh>
-  static KT_INLINE Weights of_codes(I low, I high) {
-    const I w = S::and_i(S::template shift16<kAt>(low), S::set1_i8((1 << kLow) - 1));
-    if constexpr (kHigh == 0) return w;
-    return S::and_or(S::template shift16<kHighAt - kLow>(high),
-                     S::set1_i8(((1 << kHigh) - 1) << kLow), w);
+  static KT_INLINE Weights of_codes(I bytes) { return bytes; }
+  template <int kAt, int kBits>
+  static KT_INLINE Weights of_field(I raw) {
+    return S::and_i(S::template shift16<kAt>(raw), S::set1_i8((1 << kBits) - 1));
   }
 
   static KT_INLINE Sum start(I sum) { return {S::zero_i(), sum}; }

@@ -184,17 +184,13 @@ struct ShortCoded {
       const uint8_t* group = groups.template begin<V>(range.first, v0);
       for (int64_t g = range.first;; group = groups.template next<V>(v0), x.next()) {
         if (v0 == 0) coming.step();
-        // Codes alone are asked for, which is best, but for the scales of 5 bits: 3 %.
-        if constexpr (Code::kLow == 4 && Code::kHigh > 0) {
-          ask_ahead<S>(group + Code::kBytes, prefetch);
-        }
-        I low[V], high[V], of_weights[2][V];
+        groups.ask_scales(group, prefetch);
+        I units[V][Code::kUnits], of_weights[2][V];
         const uint8_t* codes = group + v0 * S::kLanes * 4;
         KT_UNROLL
         for (int half = 0; half < 2; ++half) {
           I sum[V][R];
-          Weights::sum_half(half, sum, of_weights[half], excess, low, high, codes, levels, x,
-                            prefetch);
+          Weights::sum_half(half, sum, of_weights[half], excess, units, codes, levels, x, prefetch);
           add_sums<S>(total, sum, x.factors + half * 4 * R);
         }
         I both[V];

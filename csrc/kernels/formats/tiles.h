@@ -383,23 +383,16 @@ struct TileCoded : TileFormat<S> {
   static KT_INLINE void widen_quads(const uint8_t* from, I levels, const F (&scale)[2],
                                     const F (&base)[2], uint8_t* to, Prefetch prefetch,
                                     std::integer_sequence<int, Q...>) {
-    (widen_quad<kAsk, Q>(from, levels, scale[kSets == 2 ? Q / 4 : 0], base[kSets == 2 ? Q / 4 : 0],
-                         to, prefetch),
+    I units[Code::kUnits];
+    (widen_quad<kAsk, Q>(from, units, levels, scale[kSets == 2 ? Q / 4 : 0],
+                         base[kSets == 2 ? Q / 4 : 0], to, prefetch),
      ...);
   }
   template <bool kAsk, int Q>
-  static KT_INLINE void widen_quad(const uint8_t* from, I levels, F scale, F base, uint8_t* to,
-                                   Prefetch prefetch) {
-    const uint8_t* at = from + Code::kParts.low_unit(Q) * kUnitBytes;
-    if constexpr (kAsk && Q % Code::kLowQuads == 0) ask_ahead<S>(at, prefetch);
-    const I low = S::load_i(at);
-    I high = low;
-    if constexpr (Code::kHigh > 0) {
-      at = from + Code::kParts.high_unit(Q) * kUnitBytes;
-      if constexpr (kAsk && Q % Code::kHighQuads == 0) ask_ahead<S>(at, prefetch);
-      high = S::load_i(at);
-    }
-    const I bytes = Code::template widen<Quad, Q>(low, high, levels);
+  static KT_INLINE void widen_quad(const uint8_t* from, I (&units)[Code::kUnits], I levels, F scale,
+                                   F base, uint8_t* to, Prefetch prefetch) {
+    Code::template read<Q, kAsk>(units, from, prefetch);
+    const I bytes = Code::template widen<Quad, Q>(units, levels);
     const auto pair = [&](F even, F odd) {
       return S::upper_halves(S::fma(even, scale, base), S::fma(odd, scale, base));
     };
