@@ -29,22 +29,33 @@ def test_packing_gives_the_same_every_time(variant, format):
         assert torch.equal(ops.linear(x, again), first)
 
 
-def q6_k_extreme(rows: int, columns: int) -> QuantTensor:
-    """All codes -32 and all inner scales -128: the largest sums of integers that there can be."""
-    blocks = torch.zeros(rows, columns // 256, 210, dtype=torch.uint8)
-    blocks[..., 192:208] = 0x80
-    blocks[..., 208:] = torch.tensor([2.0**-12]).half().view(torch.uint8)
-    return QuantTensor(get_format("q6_k"), (rows, columns), {"data": blocks.flatten(1)})
+def extreme(name: str, rows: int, columns: int) -> QuantTensor:
+    """All codes and all inner scales the largest that there are, their sign left out."""
+    format = get_format(name)
+    one = torch.tensor([2.0**-12]).half().view(torch.uint8)
+    size = {"q2_k": 84, "q3_k": 110, "q6_k": 210}[name]
+    blocks = torch.zeros(rows, columns // 256, size, dtype=torch.uint8)
+    if name == "q2_k":  # codes 3, scales 15, and offsets that add to their product
+        blocks[..., :80] = 0xFF
+        blocks[..., 80:82], blocks[..., 82:] = one, (-one.view(torch.half)).view(torch.uint8)
+    elif name == "q3_k":  # codes -4, scales -32
+        blocks[..., 108:] = one
+    else:  # codes -32, scales -128
+        blocks[..., 192:208], blocks[..., 208:] = 0x80, one
+    return QuantTensor(format, (rows, columns), {"data": blocks.flatten(1)})
 
 
+@pytest.mark.parametrize("least", [1, 0], ids=["alike", "from zero"])
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("tokens", [1, 3, 5, 12, 40])
-def test_the_largest_integers_do_not_overflow(variant, tokens, sign):
-    weight = q6_k_extreme(40, 512)
+@pytest.mark.parametrize(("format", "rows"), [("q2_k", 288), ("q3_k", 288), ("q6_k", 40)])
+def test_the_largest_integers_do_not_overflow(variant, format, rows, tokens, sign, least):
+    weight = extreme(format, rows, 512)
     x = torch.full((tokens, 512), 0.7 * sign)
+    x[:, ::3] *= least
     want = x.double() @ weight.dequantize(torch.float32).double().T
-    rounded = inputs.rounds_to_bf16(variant.backend, "q6_k")  # all activations alike
-    rtol = 2**-9 if rounded else 1e-4
+    rounded = inputs.rounds_to_bf16(variant.backend, format)  # all activations alike
+    rtol = 2**-9 if rounded else 1e-4 if least else 1e-3  # 0.7 may lie between two bytes
     torch.testing.assert_close(ops.linear(x, weight).double(), want, rtol=rtol, atol=0)
 
 

@@ -109,7 +109,8 @@ struct Simd {
   static KT_INLINE I bits(F v) { return _mm256_castps_si256(v); }
   // The lower 16 bits of each lane, in both of its halves.
   static KT_INLINE I twice16(I a) {
-    return _mm256_or_si256(_mm256_and_si256(a, set1_i32(0xffff)), _mm256_slli_epi32(a, 16));
+    static constexpr int8_t kTwice[16] = {0, 1, 0, 1, 4, 5, 4, 5, 8, 9, 8, 9, 12, 13, 12, 13};
+    return look_up(a, table16(kTwice));
   }
   // The lower 16 bits of the lanes of two vectors, side by side.
   static KT_INLINE I pair16(I low, I high) {

@@ -142,7 +142,8 @@ struct Simd {
   static KT_INLINE I bits(F v) { return _mm512_castps_si512(v); }
   // The lower 16 bits of each lane, in both of its halves.
   static KT_INLINE I twice16(I a) {
-    return _mm512_or_si512(_mm512_and_si512(a, set1_i32(0xffff)), _mm512_slli_epi32(a, 16));
+    static constexpr int8_t kTwice[16] = {0, 1, 0, 1, 4, 5, 4, 5, 8, 9, 8, 9, 12, 13, 12, 13};
+    return look_up(a, table16(kTwice));
   }
   // The lower 16 bits of the lanes of two vectors, side by side.
   static KT_INLINE I pair16(I low, I high) {

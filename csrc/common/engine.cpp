@@ -73,7 +73,7 @@ const float* row_of(const float* matrix, int64_t row, int64_t columns) {
 // How exact results have to be of weights that activations are multiplied with.
 Accuracy accuracy(const WeightLayout& layout, bool exact) {
   if (exact) return Accuracy::exact;
-  return layout.byte_activations ? Accuracy::int8 : Accuracy::bf16;
+  return layout.takes_bytes() ? Accuracy::int8 : Accuracy::bf16;
 }
 // The same for what gate and up have put out: their product has a long tail, so that bytes would lose as much
 // of it as of all that comes before, together more than integer formats may.

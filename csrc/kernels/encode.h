@@ -260,16 +260,20 @@ struct ByteCodec {
 // item[K/4][R] of four q; factor[K/16][R], in the lower half of 32 bits or, where pairs of columns are summed in 16
 // bits, in both; start[K/16][R] i32 as above, or for these pairs times the factor; centre[K/32][R], two i16, in units;
 // value[K/32][R] f32, of 32 columns, in units, which the weights' offsets multiply; unit[K/512][R] f32.
-template <class S>
+//
+// For weights with scales of their own for 16 columns (kSets = 2), which multiply the factors, these are smaller; there is
+// a value of each 16 columns; and a start is not multiplied by the factor.
+template <class S, int kSets>
 struct ShortCodec {
   using F = typename S::F;
   using Loss = ByteLoss<S>;
   static constexpr int kVectors = Rows32<S>::kVectors;
-  static constexpr int64_t kPieceGroups = 16;        // that share a unit
-  static constexpr int64_t kWords = kGroup / 4 + 6;  // of a group
+  static constexpr int64_t kPieceGroups = 16;                // that share a unit
+  static constexpr int64_t kWords = kGroup / 4 + 5 + kSets;  // of a group
   // As a centre is rounded to a multiple of its scale, it may grow by half of the largest factor. With such factors
   // the integer sums of a whole piece fit in 32 bits: 32 * 16 * 127 * 16 * 1001, and what centres add.
-  static constexpr float kLargestCentre = 32000, kLargestFactor = 1000;
+  // With two sets, a factor times an inner scale fits in 16 bits: 255 * 128.
+  static constexpr float kLargestCentre = 32000, kLargestFactor = kSets == 2 ? 254 : 1000;
 
   static constexpr int64_t row_bytes(int64_t cols) {
     const int64_t groups = ceil_div(cols, kGroup);
@@ -326,21 +330,25 @@ struct ShortCodec {
       }
       (loss.add(v[g], bytes), ...);
       alignas(64) int8_t q[kGroup];
-      int32_t sum[2], value = 0;
+      int32_t sum[2], value[2];
       bytes.store(q, sum);
       for (int64_t i = 0; i < kGroup / 4; ++i) std::memcpy(word(0, 8, i), q + 4 * i, 4);
       for (int half = 0; half < 2; ++half) {
         const auto of_half = static_cast<int32_t>(factor[2 * g + half]);
         const int32_t stored = of_half * (S::kByteDots ? 1 : 0x10001);
-        const int32_t start = -rounding.byte_bias * sum[half] * (S::kByteDots ? 1 : of_half);
+        const int32_t start =
+            -rounding.byte_bias * sum[half] * (S::kByteDots || kSets == 2 ? 1 : of_half);
         const auto units_of_centre = static_cast<int16_t>(centre[2 * g + half]);
         std::memcpy(word(8, 2, half), &stored, 4);
         std::memcpy(word(10, 2, half), &start, 4);
         std::memcpy(word(12, 1, 0) + 2 * half, &units_of_centre, 2);
-        value += of_half * sum[half] + static_cast<int32_t>(kGroup / 2) * units_of_centre;
+        value[half] = of_half * sum[half] + static_cast<int32_t>(kGroup / 2) * units_of_centre;
       }
-      const auto sum_of_32 = static_cast<float>(value);
-      std::memcpy(word(13, 1, 0), &sum_of_32, 4);
+      if constexpr (kSets == 1) value[0] += value[1];
+      for (int set = 0; set < kSets; ++set) {
+        const auto stored = static_cast<float>(value[set]);
+        std::memcpy(word(13, kSets, set), &stored, 4);
+      }
     }
     // An infinite or NaN value makes the whole token NaN, as the exact sum of products would be.
     if (!finite) unit = std::numeric_limits<float>::quiet_NaN();

@@ -25,6 +25,7 @@
 #include "kernels/formats/bf16_dot.h"
 #include "kernels/formats/bytes.h"
 #include "kernels/formats/short_sums.h"
+#include "kernels/formats/short_sums_g16.h"
 #if defined(KTCORE_TILES)
 #include "kernels/formats/tiles.h"
 #endif
@@ -87,6 +88,8 @@ static constexpr FormatKernels coded() {
     return kernels_of<Coded<Simd, Codes<Simd, kBits, kTable>, kSets>>();
   } else if constexpr (kBits <= 5 && !kTable && kSets == 1) {
     return kernels_of<ShortCoded<Simd, kBits>>();
+  } else if constexpr (kBits <= 3 && kSets == 2) {
+    return kernels_of<ShortCodedG16<Simd, kBits>>();
   } else {
     return kernels_of<ByteCoded<Simd, kBits, kTable, kSets>>();
   }

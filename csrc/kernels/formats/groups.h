@@ -54,6 +54,14 @@ class Groups {
   KT_INLINE typename S::F outer(int set, int v) const {
     return S::load(scale_[both_sets_ ? set : 0] + v * S::kLanes);
   }
+  // The same of offsets, where both sets of a group share it, and a set's inner offsets, or 1.
+  KT_INLINE typename S::F outer_offset(int v) const {
+    return S::load((layout_.offsets ? offset_ : scale_)[0] + v * S::kLanes);
+  }
+  KT_INLINE typename S::F inner_offset(const uint8_t* group, int set, int v) const {
+    if (!layout_.inner_offsets) return S::set1(1);
+    return S::to_f32(inner(group, layout_.inner_scales ? kSets + set : set, v));
+  }
   // The scales and offsets of a group's set: of V vectors from v0 on, or of one.
   template <int V>
   KT_INLINE void scales(const uint8_t* group, int set, int v0, typename S::F (&to)[V]) const {

@@ -7,17 +7,17 @@
 namespace ktcore::KTCORE_ISA {
 
 // Where the parts of a tile of ShortCodec are, from a group on, the first of a piece.
-template <class S, int R>
+template <class S, int R, int kSets>
 struct ShortTile {
   const uint8_t* items;
   const uint8_t* factors;  // of 16 columns
   const int32_t* starts;   // of 16 columns
   const uint8_t* centres;  // of 32 columns, in pairs
-  const float* values;     // of 32 columns
+  const float* values;     // of 32 columns or, for two sets, of 16
   const float* units;      // of a piece
 
   KT_INLINE ShortTile(const uint8_t* tile, int64_t groups, int64_t first) {
-    using Codec = ShortCodec<S>;
+    using Codec = ShortCodec<S, kSets>;
     const auto part = [&](int64_t before, int64_t size) {
       return tile + (groups * before + first * size) * 4 * R;
     };
@@ -25,7 +25,7 @@ struct ShortTile {
     factors = part(8, 2);
     starts = reinterpret_cast<const int32_t*>(part(10, 2));
     centres = part(12, 1);
-    values = reinterpret_cast<const float*>(part(13, 1));
+    values = reinterpret_cast<const float*>(part(13, kSets));
     units =
         reinterpret_cast<const float*>(part(Codec::kWords, 0)) + first / Codec::kPieceGroups * R;
   }
@@ -34,24 +34,30 @@ struct ShortTile {
     factors += 8 * R;
     starts += 2 * R;
     centres += 4 * R;
-    values += R;
+    values += kSets * R;
   }
 };
 
-// Begins a group: the sums go on with what its centres add and, without byte dot products, with the starts.
+// Adds, without byte dot products, a group's starts.
 template <class S, int V, int R>
-static KT_INLINE void add_centres(typename S::I (&total)[V][R],
-                                  const typename S::I (&of_weights)[V], const ShortTile<S, R>& x) {
+static KT_INLINE void add_starts(typename S::I (&total)[V][R], const ShortTile<S, R, 1>& x) {
+  if constexpr (S::kByteDots) return;
   KT_UNROLL
   for (int r = 0; r < R; ++r) {
-    const typename S::I centre = S::broadcast4(x.centres + 4 * r);
-    typename S::I start;
-    if constexpr (!S::kByteDots) start = S::set1_i32(x.starts[r] + x.starts[R + r]);
+    const typename S::I start = S::set1_i32(x.starts[r] + x.starts[R + r]);
     KT_UNROLL
-    for (int v = 0; v < V; ++v) {
-      if constexpr (!S::kByteDots) total[v][r] = S::add_i32(total[v][r], start);
-      total[v][r] = S::dot_i16(total[v][r], of_weights[v], centre);
-    }
+    for (int v = 0; v < V; ++v) total[v][r] = S::add_i32(total[v][r], start);
+  }
+}
+// Adds products of two numbers of 16 bits for each row of weights and two of each row of activations.
+template <class S, int V, int R>
+static KT_INLINE void add_pairs(typename S::I (&total)[V][R], const typename S::I (&of_weights)[V],
+                                const uint8_t* pairs) {
+  KT_UNROLL
+  for (int r = 0; r < R; ++r) {
+    const typename S::I pair = S::broadcast4(pairs + 4 * r);
+    KT_UNROLL
+    for (int v = 0; v < V; ++v) total[v][r] = S::dot_i16(total[v][r], of_weights[v], pair);
   }
 }
 // Adds the sums of products of 16 columns, times the activations' factors.
@@ -98,7 +104,7 @@ template <class S, int kBits>
 struct ShortPanel {
   using F = typename S::F;
   using I = typename S::I;
-  static constexpr int64_t kGroups = ShortCodec<S>::kPieceGroups;
+  static constexpr int64_t kGroups = ShortCodec<S, 1>::kPieceGroups;
   alignas(64) uint8_t weights[kGroups * 8 * kUnitBytes];  // [quad][32 rows][4 columns]
   alignas(64) float scales[kGroups * kBlockRows];         // [group][32 rows]
   alignas(64) float offsets[kGroups * kBlockRows];        // where has_offsets
@@ -114,7 +120,7 @@ struct ShortPanel {
     constexpr int V = vectors_at_once<S>(R, S::kIntCells);
     for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
       const int64_t row = v0 * S::kLanes;
-      ShortTile<S, R> x(tile, range.groups, range.first);
+      ShortTile<S, R, 1> x(tile, range.groups, range.first);
       F piece[V][R];
       I total[V][R];
       clear_sums<S>(piece);
@@ -126,7 +132,8 @@ struct ShortPanel {
         for (int v = 0; v < V; ++v) {
           of_weights[v] = S::load_i(sums + (g * kBlockRows + row + v * S::kLanes) * 4);
         }
-        add_centres<S>(total, of_weights, x);
+        add_starts<S>(total, x);
+        add_pairs<S>(total, of_weights, x.centres);
         KT_UNROLL
         for (int half = 0; half < 2; ++half) {
           sum_half<S, kBits>(sum, weights + 8 * g * kUnitBytes + row * 4, x, half);
@@ -152,7 +159,7 @@ struct ShortPanel {
 template <class S, int kBits>
 struct ShortCoded {
   using Fine = Coded<S, Codes<S, kBits, false>, 1>;
-  using Codec = ShortCodec<S>;
+  using Codec = ShortCodec<S, 1>;
   using Panel = ShortPanel<S, kBits>;
   using Weights = ByteWeights<S, kBits, false>;
   using Code = typename Weights::Code;
@@ -176,7 +183,7 @@ struct ShortCoded {
     Groups<S, 1> groups(layout, Code::kBytes, block);
     const bool has_offsets = adds_offsets(layout, groups);
     for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
-      ShortTile<S, R> x(tile, range.groups, range.first);
+      ShortTile<S, R, 1> x(tile, range.groups, range.first);
       F piece[V][R];
       I total[V][R];
       clear_sums<S>(piece);
@@ -196,7 +203,8 @@ struct ShortCoded {
         I both[V];
         KT_UNROLL
         for (int v = 0; v < V; ++v) both[v] = S::pair16(of_weights[0][v], of_weights[1][v]);
-        add_centres<S>(total, both, x);
+        add_starts<S>(total, x);
+        add_pairs<S>(total, both, x.centres);
         const bool scale_ends = ends(layout, groups, g, end);
         F scale[V];
         if (scale_ends || kShifts) groups.template scales<V>(group, 0, v0, scale);
