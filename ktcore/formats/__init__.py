@@ -52,5 +52,6 @@ def get_format(format: str | Format) -> Format:
     found = _FORMATS.get(name) or _DEFINED.get(name)
     if found is None:
         known = ", ".join([*_FORMATS, *_ALIASES])
-        raise ValueError(f"format: unknown format {format!r}; known: {known}")
+        given = repr(format) if isinstance(format, str) else f"of type {type(format).__name__}"
+        raise ValueError(f"format: unknown format {given}; known: {known}")
     return found

@@ -23,7 +23,7 @@ struct Codes {
   template <int R>
   using Quad = Quads<S, R>;
   static constexpr int64_t kBytes = kUnits * kUnitBytes;
-  static constexpr bool kSplit = 8 % kBits != 0;  // codes, into parts
+  static constexpr bool kSplit = 8 % kBits != 0;  // whether codes may be in parts
 
   // What all codes are larger by than the weights they stand for.
   template <class Quad>
@@ -48,7 +48,7 @@ struct Codes {
     } else if constexpr (!kSplit) {
       return Quad::template of_field<kFirst.at, kBits>(first);
     } else {
-      return Quad::of_codes(join<Q, 1>(units, part_of<kFirst>(first)));
+      return Quad::of_codes(join<Q, 1>(units, S::and_i(moved<kFirst>(units), mask<kFirst>())));
     }
   }
 
@@ -73,10 +73,11 @@ struct Codes {
     }
   }
 
-  // A part of a quad's codes where it is in them, and the parts from number N on as well.
+  // A part of a quad's codes where it is in them, among other bits; which bits are its own; and `codes` with the parts
+  // from number N on as well.
   template <CodePart kPart>
-  static KT_INLINE I part_of(I unit) {
-    return S::and_i(S::template shift16<kPart.at - kPart.to>(unit), mask<kPart>());
+  static KT_INLINE I moved(const I (&units)[kUnits]) {
+    return S::template shift16<kPart.at - kPart.to>(units[kPart.unit]);
   }
   template <CodePart kPart>
   static KT_INLINE I mask() {
@@ -89,9 +90,7 @@ struct Codes {
       return codes;
     } else {
       constexpr CodePart kPart = kParts.part[N];
-      return join<Q, N + 1>(units,
-                            S::and_or(S::template shift16<kPart.at - kPart.to>(units[kPart.unit]),
-                                      mask<kPart>(), codes));
+      return join<Q, N + 1>(units, S::and_or(moved<kPart>(units), mask<kPart>(), codes));
     }
   }
 };
