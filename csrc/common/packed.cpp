@@ -112,6 +112,29 @@ void pack_scales(const StoredMatrix& m, int64_t row0, int64_t rows, uint8_t* out
   }
 }
 
+// Whether a group's codes have each of their bits in one place, and units no others, as there are as many of these.
+constexpr bool is_complete(int bits) {
+  bool used[8][8] = {};
+  for (int quad = 0; quad < kGroup / 4; ++quad) {
+    bool found[8] = {};
+    const QuadParts parts = quad_parts(bits, quad);
+    for (int i = 0; i < parts.count; ++i) {
+      const CodePart& part = parts.part[i];
+      for (int bit = 0; bit < part.bits; ++bit) {
+        if (part.unit >= bits || used[part.unit][part.at + bit] || found[part.to + bit])
+          return false;
+        used[part.unit][part.at + bit] = found[part.to + bit] = true;
+      }
+    }
+    for (int bit = 0; bit < bits; ++bit) {
+      if (!found[bit]) return false;
+    }
+  }
+  return true;
+}
+static_assert(is_complete(2) && is_complete(3) && is_complete(4) && is_complete(5) &&
+              is_complete(6) && is_complete(8));
+
 // 32 codes of kBits bits into a row's lanes of the units at `to`.
 template <int kBits>
 void pack_quads(const uint8_t* codes, uint8_t* to) {
