@@ -33,8 +33,7 @@ def extreme(name: str, rows: int, columns: int) -> QuantTensor:
     """All codes and all inner scales the largest that there are, their sign left out."""
     format = get_format(name)
     one = torch.tensor([2.0**-12]).half().view(torch.uint8)
-    size = {"q2_k": 84, "q3_k": 110, "q6_k": 210}[name]
-    blocks = torch.zeros(rows, columns // 256, size, dtype=torch.uint8)
+    blocks = torch.zeros(rows, columns // 256, format.type_size, dtype=torch.uint8)
     if name == "q2_k":  # codes 3, scales 15, and offsets that add to their product
         blocks[..., :80] = 0xFF
         blocks[..., 80:82], blocks[..., 82:] = one, (-one.view(torch.half)).view(torch.uint8)

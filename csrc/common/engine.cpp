@@ -73,7 +73,7 @@ const float* row_of(const float* matrix, int64_t row, int64_t columns) {
 // How exact results have to be of weights that activations are multiplied with.
 Accuracy accuracy(const WeightLayout& layout, bool exact) {
   if (exact) return Accuracy::exact;
-  return layout.takes_bytes() ? Accuracy::int8 : Accuracy::bf16;
+  return layout.byte_activations && layout.byte_sums_fit() ? Accuracy::int8 : Accuracy::bf16;
 }
 // The same for what gate and up have put out: their product has a long tail, so that bytes would lose as much
 // of it as of all that comes before, together more than integer formats may.
@@ -96,7 +96,7 @@ Prefetch prefetch(const WeightLayout& layout, int64_t rows) {
   const int64_t bits = layout.value_bytes() * 8 / (kGroup * kBlockRows);  // of a weight
   switch (processor()) {
     // A Zen 4 is 7 to 24 % faster by itself where a byte or more is read for a weight and few rows take
-    // little time; else such weights gain 7 to 20 % from two distances, as codes in two parts do.
+    // little time; else such weights gain 7 to 20 % from two distances, as those of 5 and 6 bits do.
     case Processor::zen4:
       if (bits >= 8 && rows < bits / 2) return {0, 0, 1};
       if (bits > 4) return {2048, 8192, 1};

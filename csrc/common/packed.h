@@ -64,11 +64,12 @@ struct WeightLayout {
   // For integers: whether activations of eight bits are exact enough, if exact results are not asked for.
   bool byte_activations = false;
 
-  // Whether there are kernels for these: of 2 and 3 bits and two sets, they multiply inner scales in 32 bits.
-  KT_INLINE bool takes_bytes() const {
-    const bool multiplies =
+  // Whether sums of products with such activations fit where they are made: in 32 bits with weights of 2 and 3 bits and
+  // two sets, times their inner scales.
+  KT_INLINE bool byte_sums_fit() const {
+    const bool multiplied =
         format == WeightFormat::codes2_g16 || format == WeightFormat::codes3_g16;
-    return byte_activations && (!multiplies || (inner_scales && largest <= 4));
+    return !multiplied || (inner_scales && largest <= 4);
   }
 
   KT_INLINE bool operator==(const WeightLayout&) const = default;

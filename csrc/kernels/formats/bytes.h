@@ -168,6 +168,16 @@ static KT_INLINE void load_set(typename S::F (&to)[V], const float* sets, int64_
   for (int v = 0; v < V; ++v) to[v] = S::load(sets + set * kBlockRows + row + v * S::kLanes);
 }
 
+// The same of lanes of integers.
+template <class S, int V>
+static KT_INLINE void load_lanes(typename S::I (&to)[V], const uint8_t* sets, int64_t set,
+                                 int64_t row) {
+  KT_UNROLL
+  for (int v = 0; v < V; ++v) {
+    to[v] = S::load_i(sets + (set * kBlockRows + row + v * S::kLanes) * 4);
+  }
+}
+
 // Panels of unsigned bytes, of which kBits are used, with kSets sets of scales a group: none, one, or two
 // for 16 columns each.
 template <class S, int kBits, int kSets>

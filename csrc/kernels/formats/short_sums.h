@@ -41,12 +41,13 @@ struct ShortTile {
 // Adds, without byte dot products, a group's starts.
 template <class S, int V, int R>
 static KT_INLINE void add_starts(typename S::I (&total)[V][R], const ShortTile<S, R, 1>& x) {
-  if constexpr (S::kByteDots) return;
-  KT_UNROLL
-  for (int r = 0; r < R; ++r) {
-    const typename S::I start = S::set1_i32(x.starts[r] + x.starts[R + r]);
+  if constexpr (!S::kByteDots) {
     KT_UNROLL
-    for (int v = 0; v < V; ++v) total[v][r] = S::add_i32(total[v][r], start);
+    for (int r = 0; r < R; ++r) {
+      const typename S::I start = S::set1_i32(x.starts[r] + x.starts[R + r]);
+      KT_UNROLL
+      for (int v = 0; v < V; ++v) total[v][r] = S::add_i32(total[v][r], start);
+    }
   }
 }
 // Adds products of two numbers of 16 bits for each row of weights and two of each row of activations.
@@ -128,10 +129,7 @@ struct ShortPanel {
       for (int64_t g = 0; g < range.count; ++g, x.next()) {
         if (v0 == 0) coming.step();
         I of_weights[V], sum[V][R];
-        KT_UNROLL
-        for (int v = 0; v < V; ++v) {
-          of_weights[v] = S::load_i(sums + (g * kBlockRows + row + v * S::kLanes) * 4);
-        }
+        load_lanes<S>(of_weights, sums, g, row);
         add_starts<S>(total, x);
         add_pairs<S>(total, of_weights, x.centres);
         KT_UNROLL

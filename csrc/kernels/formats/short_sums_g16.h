@@ -81,12 +81,12 @@ struct ShortPanelG16 {
       for (int64_t g = 0; g < range.count; ++g, x.next()) {
         if (v0 == 0) coming.step();
         I of_weights[V], sum[V][R], inner_scales[V];
-        load_lanes(of_weights, sums, g, row);
+        load_lanes<S>(of_weights, sums, g, row);
         add_pairs<S>(total, of_weights, x.centres);
         KT_UNROLL
         for (int half = 0; half < 2; ++half) {
           sum_half<S, kBits>(sum, weights + 8 * g * kUnitBytes + row * 4, x, half);
-          load_lanes(inner_scales, inner, 2 * g + half, row);
+          load_lanes<S>(inner_scales, inner, 2 * g + half, row);
           add_scaled_sums<S>(total, sum, inner_scales, x, half);
         }
         if (ends[g] || (range.first + g + 1) % kSummedGroups == 0) {
@@ -109,15 +109,6 @@ struct ShortPanelG16 {
         first = g + 1;
       }
       add_units<S>(piece, x.units, range.first == 0, out, v0);
-    }
-  }
-
- private:
-  template <int V>
-  static KT_INLINE void load_lanes(I (&to)[V], const uint8_t* sets, int64_t set, int64_t row) {
-    KT_UNROLL
-    for (int v = 0; v < V; ++v) {
-      to[v] = S::load_i(sets + (set * kBlockRows + row + v * S::kLanes) * 4);
     }
   }
 };
