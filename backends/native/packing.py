@@ -99,7 +99,10 @@ def _code_layout(levels: list[int]) -> tuple[str, int]:
         for bits in (2, 3, 4, 5, 6):
             if len(levels) <= 1 << bits:
                 return f"codes{bits}", -levels[0]
-    return ("table4" if len(levels) <= 16 else "codes8"), 0
+    for bits in (3, 4):
+        if len(levels) <= 1 << bits:
+            return f"table{bits}", 0
+    return "codes8", 0
 
 
 # Activations of eight bits leave an error of 0.4 % in `linear` and 0.6 % in `moe`, where there are
@@ -188,7 +191,7 @@ class _Packer:
             offsets=stored.offsets is not None,
             inner_offsets=stored.inner_offsets is not None,
             bias=bias,
-            levels=levels if name == "table4" else [],
+            levels=levels if name.startswith("table") else [],
             largest=max(1, *map(abs, levels)),
             reordered=stored.columns is not None,
             byte_activations=bytes_will_do,

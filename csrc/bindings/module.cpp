@@ -28,9 +28,9 @@ T* pointer(uintptr_t address) {
 }
 
 constexpr const char* kLayoutNames[kWeightFormats] = {
-    "bf16",       "f16",        "f32",        "f8",         "int8",      "codes2",     "codes2_g16",
-    "codes3",     "codes3_g16", "codes4",     "codes4_g16", "codes5",    "codes5_g16", "codes6",
-    "codes6_g16", "codes8",     "codes8_g16", "table4",     "table4_g16"};
+    "bf16",       "f16",    "f32",        "f8",     "int8",       "codes2", "codes2_g16", "codes3",
+    "codes3_g16", "codes4", "codes4_g16", "codes5", "codes5_g16", "codes6", "codes6_g16", "codes8",
+    "codes8_g16", "table3", "table3_g16", "table4", "table4_g16"};
 
 template <size_t N>
 int index_of(const char* what, const char* const (&names)[N], const std::string& name) {

@@ -13,7 +13,7 @@
 //   codesN    integers less a bias, N bits each: weight = scale * (code - bias) + offset. The codes of
 //             a group of 32 columns are N units. Byte j of a lane has bits of columns 4 i + j; which, and
 //             where, quad_parts() tells. Codes of 8 bits are signed and have no bias.
-//   table4    as codes4, but the codes number 16 levels, which the layout lists
+//   tableN    as codesN, but the codes number 8 or 16 levels, which the layout lists
 //   ..._g16   the same, with scales for 16 columns each
 //
 // A scale is up to two factors. The outer ones are floats for `span` groups, before the first of them, and
@@ -80,7 +80,9 @@ struct WeightLayout {
       case WeightFormat::codes2:
       case WeightFormat::codes2_g16: return 2;
       case WeightFormat::codes3:
-      case WeightFormat::codes3_g16: return 3;
+      case WeightFormat::codes3_g16:
+      case WeightFormat::table3:
+      case WeightFormat::table3_g16: return 3;
       case WeightFormat::codes4:
       case WeightFormat::codes4_g16:
       case WeightFormat::table4:
@@ -94,6 +96,16 @@ struct WeightLayout {
       default: return 0;
     }
   }
+  // Whether codes number levels.
+  KT_INLINE bool is_table() const {
+    switch (format) {
+      case WeightFormat::table3:
+      case WeightFormat::table3_g16:
+      case WeightFormat::table4:
+      case WeightFormat::table4_g16: return true;
+      default: return false;
+    }
+  }
   KT_INLINE bool scaled() const { return code_bits() > 0 || format == WeightFormat::f8; }
   // Sets of scales a group.
   KT_INLINE int64_t sets() const {
@@ -104,6 +116,7 @@ struct WeightLayout {
       case WeightFormat::codes5_g16:
       case WeightFormat::codes6_g16:
       case WeightFormat::codes8_g16:
+      case WeightFormat::table3_g16:
       case WeightFormat::table4_g16: return 2;
       default: return 1;
     }
@@ -135,8 +148,7 @@ struct WeightLayout {
   }
   // What unsigned bytes that stand for weights, before they are scaled, are larger by.
   KT_INLINE int32_t byte_bias() const {
-    const bool table = format == WeightFormat::table4 || format == WeightFormat::table4_g16;
-    return table || code_bits() == 8 || code_bits() == 0 ? 128 : bias;
+    return is_table() || code_bits() == 8 || code_bits() == 0 ? 128 : bias;
   }
   // The same where sums of 16 products with signed bytes have to fit in 16 bits: what is left out is an offset.
   KT_INLINE int32_t short_bias() const {

@@ -33,6 +33,8 @@ enum class WeightFormat : int {
   codes6_g16,
   codes8,
   codes8_g16,
+  table3,
+  table3_g16,
   table4,
   table4_g16
 };
@@ -41,7 +43,7 @@ enum class WeightFormat : int {
 // 2, and 1 and 3; or 0 and 1, and 2 and 3.
 enum class ItemOrder { bytes, words, pairs };
 
-static constexpr int kWeightFormats = 19;
+static constexpr int kWeightFormats = 21;
 static constexpr int64_t kGroup = 32;  // weights and activations share one scale per group of this
 
 static constexpr int64_t dtype_size(DType t) { return t == DType::f32 ? 4 : 2; }

@@ -88,7 +88,7 @@ static constexpr FormatKernels coded() {
     return kernels_of<Coded<Simd, Codes<Simd, kBits, kTable>, kSets>>();
   } else if constexpr (kBits <= 5 && !kTable && kSets == 1) {
     return kernels_of<ShortCoded<Simd, kBits>>();
-  } else if constexpr (kBits <= 3 && kSets == 2) {
+  } else if constexpr (kBits <= 3 && !kTable && kSets == 2) {
     return kernels_of<ShortCodedG16<Simd, kBits>>();
   } else {
     return kernels_of<ByteCoded<Simd, kBits, kTable, kSets>>();
@@ -126,29 +126,52 @@ static constexpr FormatKernels int8() {
 // In the order of WeightFormat.
 template <Accuracy kAccuracy>
 static constexpr AllFormats all_formats() {
-  return {{bf16<kAccuracy>(), kernels_of<Floats<Simd, FromF16<Simd>>>(),
-           kernels_of<Floats<Simd, FromF32<Simd>>>(), f8<kAccuracy>(), int8<kAccuracy>(),
-           coded<kAccuracy, 2, false, 1>(), coded<kAccuracy, 2, false, 2>(),
-           coded<kAccuracy, 3, false, 1>(), coded<kAccuracy, 3, false, 2>(),
-           coded<kAccuracy, 4, false, 1>(), coded<kAccuracy, 4, false, 2>(),
-           coded<kAccuracy, 5, false, 1>(), coded<kAccuracy, 5, false, 2>(),
-           coded<kAccuracy, 6, false, 1>(), coded<kAccuracy, 6, false, 2>(),
-           coded<kAccuracy, 8, false, 1>(), coded<kAccuracy, 8, false, 2>(),
-           coded<kAccuracy, 4, true, 1>(), coded<kAccuracy, 4, true, 2>()}};
+  return {{bf16<kAccuracy>(),
+           kernels_of<Floats<Simd, FromF16<Simd>>>(),
+           kernels_of<Floats<Simd, FromF32<Simd>>>(),
+           f8<kAccuracy>(),
+           int8<kAccuracy>(),
+           coded<kAccuracy, 2, false, 1>(),
+           coded<kAccuracy, 2, false, 2>(),
+           coded<kAccuracy, 3, false, 1>(),
+           coded<kAccuracy, 3, false, 2>(),
+           coded<kAccuracy, 4, false, 1>(),
+           coded<kAccuracy, 4, false, 2>(),
+           coded<kAccuracy, 5, false, 1>(),
+           coded<kAccuracy, 5, false, 2>(),
+           coded<kAccuracy, 6, false, 1>(),
+           coded<kAccuracy, 6, false, 2>(),
+           coded<kAccuracy, 8, false, 1>(),
+           coded<kAccuracy, 8, false, 2>(),
+           coded<kAccuracy, 3, true, 1>(),
+           coded<kAccuracy, 3, true, 2>(),
+           coded<kAccuracy, 4, true, 1>(),
+           coded<kAccuracy, 4, true, 2>()}};
 }
 #if defined(KTCORE_TILES)
 // Where results need not be exact; bf16 has no room for float16's numbers, or for the scales of NVFP4.
 template <Accuracy kAccuracy>
 static constexpr AllFormats most_in_tiles() {
-  return {{kernels_of<TileBf16<Simd>>(), kernels_of<Floats<Simd, FromF16<Simd>>>(),
-           kernels_of<Floats<Simd, FromF32<Simd>>>(), kernels_of<TileF8<Simd>>(),
-           kernels_of<TileCoded<Simd, 8, false, 0>>(), kernels_of<TileCoded<Simd, 2, false, 1>>(),
-           kernels_of<TileCoded<Simd, 2, false, 2>>(), kernels_of<TileCoded<Simd, 3, false, 1>>(),
-           kernels_of<TileCoded<Simd, 3, false, 2>>(), kernels_of<TileCoded<Simd, 4, false, 1>>(),
-           kernels_of<TileCoded<Simd, 4, false, 2>>(), kernels_of<TileCoded<Simd, 5, false, 1>>(),
-           kernels_of<TileCoded<Simd, 5, false, 2>>(), kernels_of<TileCoded<Simd, 6, false, 1>>(),
-           kernels_of<TileCoded<Simd, 6, false, 2>>(), kernels_of<TileCoded<Simd, 8, false, 1>>(),
-           kernels_of<TileCoded<Simd, 8, false, 2>>(), kernels_of<TileCoded<Simd, 4, true, 1>>(),
+  return {{kernels_of<TileBf16<Simd>>(),
+           kernels_of<Floats<Simd, FromF16<Simd>>>(),
+           kernels_of<Floats<Simd, FromF32<Simd>>>(),
+           kernels_of<TileF8<Simd>>(),
+           kernels_of<TileCoded<Simd, 8, false, 0>>(),
+           kernels_of<TileCoded<Simd, 2, false, 1>>(),
+           kernels_of<TileCoded<Simd, 2, false, 2>>(),
+           kernels_of<TileCoded<Simd, 3, false, 1>>(),
+           kernels_of<TileCoded<Simd, 3, false, 2>>(),
+           kernels_of<TileCoded<Simd, 4, false, 1>>(),
+           kernels_of<TileCoded<Simd, 4, false, 2>>(),
+           kernels_of<TileCoded<Simd, 5, false, 1>>(),
+           kernels_of<TileCoded<Simd, 5, false, 2>>(),
+           kernels_of<TileCoded<Simd, 6, false, 1>>(),
+           kernels_of<TileCoded<Simd, 6, false, 2>>(),
+           kernels_of<TileCoded<Simd, 8, false, 1>>(),
+           kernels_of<TileCoded<Simd, 8, false, 2>>(),
+           kernels_of<TileCoded<Simd, 3, true, 1>>(),
+           kernels_of<TileCoded<Simd, 3, true, 2>>(),
+           kernels_of<TileCoded<Simd, 4, true, 1>>(),
            coded<kAccuracy, 4, true, 2>()}};
 }
 static constexpr AllFormats kBf16 = most_in_tiles<Accuracy::bf16>();

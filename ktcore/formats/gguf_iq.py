@@ -7,10 +7,12 @@ each; here code = magnitude + (number of magnitudes) * sign. Layout: llama.cpp's
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
-from ktcore.formats.base import Field
+from ktcore.formats.base import Codes, Field, Parts, Shape
 from ktcore.formats.gguf_blocks import (
     BlockFormat,
     Scales,
@@ -138,7 +140,15 @@ class IQ3_S(_Codebook):
         return Scales(half(blocks, 0), 2 * fields(blocks[:, 106:], 4, 1) + 1)
 
 
-class IQ1_S(_Codebook):
+class _Ternary(_Codebook):
+    magnitudes = (-7, 1, 9)  # with delta 1/8; codes from 3 on, with -1/8, are -9, -1, 7
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.levels = (*self.magnitudes, *(m - 2 for m in self.magnitudes))
+
+
+class IQ1_S(_Ternary):
     """value = d * (2 * scale + 1) * (t + delta), t in -1, 0, 1, delta 1/8 or -1/8.
 
     Levels are 8 * (t + delta), the scale is an eighth; 3-bit scale and delta are for 32 weights.
@@ -147,11 +157,6 @@ class IQ1_S(_Codebook):
     name = "iq1_s"
     type_size = 50
     group_size = 32
-    magnitudes = (-7, 1, 9)  # with delta 1/8; codes from 3 on, with -1/8, are -9, -1, 7
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.levels = (*self.magnitudes, *(m - 2 for m in self.magnitudes))
 
     def unpack_codes(self, blocks: Tensor) -> Tensor:
         high = words(blocks[:, 34:], 2)
@@ -163,8 +168,22 @@ class IQ1_S(_Codebook):
     def unpack_scales(self, blocks: Tensor) -> Scales:
         return Scales(half(blocks, 0) / 8, 2 * (words(blocks[:, 34:], 2) >> 12 & 7) + 1)
 
+    def codes(self, parts: Parts, shape: Shape, *, blocks: bool = False) -> Codes:
+        """With t alone for a code, and delta as an offset: two bits instead of three."""
+        stored = super().codes(parts, shape)
+        assert isinstance(stored.codes, Tensor) and stored.inner_scales is not None
+        eighths = stored.inner_scales
+        negative = stored.codes[..., :: self.group_size] >= 3
+        return dataclasses.replace(
+            stored,
+            codes=stored.codes % 3,
+            levels=torch.tensor((-1, 0, 1), dtype=torch.int8, device=stored.levels.device),
+            inner_scales=8 * eighths,
+            inner_offsets=torch.where(negative, -eighths, eighths),
+        )
 
-class IQ1_M(IQ1_S):
+
+class IQ1_M(_Ternary):
     """As IQ1_S, with a scale for 16 and a delta for 8 weights.
 
     The float16 is in four pieces, the highest four bits of each of the scales' words.

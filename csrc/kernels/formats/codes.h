@@ -10,7 +10,7 @@ static KT_INLINE typename S::I read_unit(const uint8_t* p, Prefetch prefetch) {
   return S::load_i(p);
 }
 
-// Codes of kBits bits or, with kTable, of 16 levels: four columns (a quad) are taken out of the bytes of a
+// Codes of kBits bits, which with kTable number levels: four columns (a quad) are taken out of the bytes of a
 // lane at a time. Those of 3, 5 and 6 bits may be in several units.
 template <class S, int kBits, bool kTable>
 struct Codes {
@@ -41,14 +41,13 @@ struct Codes {
   static KT_INLINE typename Quad::Weights widen(const I (&units)[kUnits], I levels) {
     constexpr CodePart kFirst = quad_parts(kBits, Q).part[0];
     const I first = units[kFirst.unit];
-    if constexpr (kTable) {
-      return Quad::of_levels(levels, Q % 2 == 0 ? S::low_nibbles(first) : S::high_nibbles(first));
-    } else if constexpr (kBits == 8) {
+    if constexpr (kBits == 8) {
       return Quad::of_bytes(first);
-    } else if constexpr (!kSplit) {
+    } else if constexpr (!kTable && !kSplit) {
       return Quad::template of_field<kFirst.at, kBits>(first);
     } else {
-      return Quad::of_codes(join<Q, 1>(units, S::and_i(moved<kFirst>(units), mask<kFirst>())));
+      const I codes = join<Q, 1>(units, S::and_i(moved<kFirst>(units), mask<kFirst>()));
+      return kTable ? Quad::of_levels(levels, codes) : Quad::of_codes(codes);
     }
   }
 
