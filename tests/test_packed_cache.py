@@ -497,7 +497,7 @@ def test_packed_weights_over_memory():
     with pytest.raises(BufferError):
         memory.close()  # it is in use
     with pytest.raises(RuntimeError, match="to be read"):
-        other.pack(1, 1, 1, 1, scale_size=256, group_size=32)
+        other.pack(1, scales=1, offsets=1, inner_scales=1, scale_size=256, group_size=32)
     with pytest.raises(ValueError, match="memory: expected"):
         ext.PackedMatrix(layout, 41, 2000, memory)
     with pytest.raises(ValueError, match="memory: expected"):

@@ -53,6 +53,7 @@ class _Matrix:
 
     data: Tensor
     scales: Tensor | None = None
+    row_scales: Tensor | None = None
     offsets: Tensor | None = None
     inner_scales: Tensor | None = None
     inner_offsets: Tensor | None = None
@@ -65,6 +66,7 @@ class _Matrix:
         tensors = (
             self.data,
             self.scales,
+            self.row_scales,
             self.offsets,
             self.inner_scales,
             self.inner_offsets,
@@ -154,6 +156,7 @@ class _Packer:
         return _Matrix(
             data.contiguous(),
             contiguous(stored.scales),
+            contiguous(stored.row_scales),
             contiguous(stored.offsets),
             contiguous(stored.inner_scales),
             contiguous(stored.inner_offsets),
@@ -176,7 +179,7 @@ class _Packer:
             )
         levels = stored.levels.tolist()
         name, bias = _code_layout(levels)
-        others = (stored.offsets, stored.inner_scales, stored.inner_offsets)
+        others = (stored.row_scales, stored.offsets, stored.inner_scales, stored.inner_offsets)
         bytes_will_do = (
             self.format.tolerance >= 0.008 and rows >= BYTE_ROWS and columns >= BYTE_COLUMNS
         )
@@ -188,6 +191,7 @@ class _Packer:
             scale_type=scale_type,
             span=_span(stored.scale_size, columns),
             inner_scales=stored.inner_scales is not None,
+            row_scales=stored.row_scales is not None,
             offsets=stored.offsets is not None,
             inner_offsets=stored.inner_offsets is not None,
             bias=bias,

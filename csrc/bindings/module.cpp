@@ -90,12 +90,13 @@ using BlockArguments =
     std::tuple<int64_t, int64_t, std::vector<std::tuple<int64_t, int64_t, int, int64_t, int>>>;
 
 StoredMatrix stored_matrix(const WeightLayout& layout, uintptr_t data, uintptr_t scales,
-                           uintptr_t offsets, uintptr_t inner_scales, uintptr_t inner_offsets,
-                           uintptr_t columns, int64_t scale_size, int64_t group_size, int64_t cols,
-                           const BlockArguments& blocks) {
+                           uintptr_t row_scales, uintptr_t offsets, uintptr_t inner_scales,
+                           uintptr_t inner_offsets, uintptr_t columns, int64_t scale_size,
+                           int64_t group_size, int64_t cols, const BlockArguments& blocks) {
   need("data", true, data);
   need("scales", layout.scaled() || layout.format == WeightFormat::int8, scales);
   if (layout.scaled()) {
+    need("row_scales", layout.row_scales, row_scales);
     need("offsets", layout.offsets, offsets);
     need("inner_scales", layout.inner_scales, inner_scales);
     need("inner_offsets", layout.inner_offsets, inner_offsets);
@@ -105,6 +106,7 @@ StoredMatrix stored_matrix(const WeightLayout& layout, uintptr_t data, uintptr_t
   StoredMatrix out{};
   out.data = pointer<const void>(data);
   out.scales = pointer<const float>(scales);
+  out.row_scales = pointer<const float>(row_scales);
   out.offsets = pointer<const float>(offsets);
   out.inner_scales = pointer<const int8_t>(inner_scales);
   out.inner_offsets = pointer<const int8_t>(inner_offsets);
@@ -323,8 +325,9 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<WeightLayout>(m, "WeightLayout")
       .def(py::init([](const std::string& format, int scale_type, int64_t span, bool inner_scales,
-                       bool offsets, bool inner_offsets, int bias, const std::vector<int>& levels,
-                       int largest, bool reordered, bool byte_activations) {
+                       bool row_scales, bool offsets, bool inner_offsets, int bias,
+                       const std::vector<int>& levels, int largest, bool reordered,
+                       bool byte_activations) {
              need_positive("span", span);
              if (levels.size() > 16) throw std::invalid_argument("levels: at most 16");
              WeightLayout layout;
@@ -332,6 +335,7 @@ PYBIND11_MODULE(_C, m) {
              layout.scale_type = dtype_of(scale_type);
              layout.span = span;
              layout.inner_scales = inner_scales;
+             layout.row_scales = row_scales;
              layout.offsets = offsets;
              layout.inner_offsets = inner_offsets;
              layout.bias = bias;
@@ -348,8 +352,8 @@ PYBIND11_MODULE(_C, m) {
              return layout;
            }),
            py::arg("format"), py::kw_only(), py::arg("scale_type") = 0, py::arg("span") = 1,
-           py::arg("inner_scales") = false, py::arg("offsets") = false,
-           py::arg("inner_offsets") = false, py::arg("bias") = 0,
+           py::arg("inner_scales") = false, py::arg("row_scales") = false,
+           py::arg("offsets") = false, py::arg("inner_offsets") = false, py::arg("bias") = 0,
            py::arg("levels") = std::vector<int>{}, py::arg("largest") = 128,
            py::arg("reordered") = false, py::arg("byte_activations") = false)
       .def(
@@ -360,6 +364,7 @@ PYBIND11_MODULE(_C, m) {
             out["scale_type"] = static_cast<int>(self.scale_type);
             out["span"] = self.span;
             out["inner_scales"] = self.inner_scales;
+            out["row_scales"] = self.row_scales;
             out["offsets"] = self.offsets;
             out["inner_offsets"] = self.inner_offsets;
             out["bias"] = self.bias;
@@ -388,16 +393,16 @@ PYBIND11_MODULE(_C, m) {
           }))
       .def(
           "pack",
-          [](PackedMatrix& self, uintptr_t data, uintptr_t scales, uintptr_t offsets,
-             uintptr_t inner_scales, uintptr_t inner_offsets, uintptr_t columns, int64_t scale_size,
-             int64_t group_size, const BlockArguments& blocks) {
+          [](PackedMatrix& self, uintptr_t data, uintptr_t scales, uintptr_t row_scales,
+             uintptr_t offsets, uintptr_t inner_scales, uintptr_t inner_offsets, uintptr_t columns,
+             int64_t scale_size, int64_t group_size, const BlockArguments& blocks) {
             const StoredMatrix stored =
-                stored_matrix(self.layout, data, scales, offsets, inner_scales, inner_offsets,
-                              columns, scale_size, group_size, self.cols, blocks);
+                stored_matrix(self.layout, data, scales, row_scales, offsets, inner_scales,
+                              inner_offsets, columns, scale_size, group_size, self.cols, blocks);
             py::gil_scoped_release release;
             self.pack(stored);
           },
-          py::arg("data"), py::arg("scales") = 0, py::arg("offsets") = 0,
+          py::arg("data"), py::arg("scales") = 0, py::arg("row_scales") = 0, py::arg("offsets") = 0,
           py::arg("inner_scales") = 0, py::arg("inner_offsets") = 0, py::arg("columns") = 0,
           py::arg("scale_size") = 0, py::arg("group_size") = 0,
           py::arg("blocks") = BlockArguments{})
@@ -425,8 +430,8 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "pack",
           [](PackedExperts& self, int64_t expert, const std::string& projection, uintptr_t data,
-             uintptr_t scales, uintptr_t offsets, uintptr_t inner_scales, uintptr_t inner_offsets,
-             uintptr_t columns, int64_t scale_size, int64_t group_size,
+             uintptr_t scales, uintptr_t row_scales, uintptr_t offsets, uintptr_t inner_scales,
+             uintptr_t inner_offsets, uintptr_t columns, int64_t scale_size, int64_t group_size,
              const BlockArguments& blocks) {
             if (expert < 0 || expert >= self.num_experts) throw std::out_of_range("expert");
             PackedExperts::Projection p;
@@ -442,17 +447,17 @@ PYBIND11_MODULE(_C, m) {
             const WeightLayout& layout =
                 p == PackedExperts::Projection::down ? self.down_layout : self.gate_up_layout;
             const StoredMatrix stored = stored_matrix(
-                layout, data, scales, offsets, inner_scales, inner_offsets, columns, scale_size,
-                group_size,
+                layout, data, scales, row_scales, offsets, inner_scales, inner_offsets, columns,
+                scale_size, group_size,
                 p == PackedExperts::Projection::down ? self.intermediate_size : self.hidden_size,
                 blocks);
             py::gil_scoped_release release;
             self.pack(expert, p, stored);
           },
           py::arg("expert"), py::arg("projection"), py::arg("data"), py::arg("scales") = 0,
-          py::arg("offsets") = 0, py::arg("inner_scales") = 0, py::arg("inner_offsets") = 0,
-          py::arg("columns") = 0, py::arg("scale_size") = 0, py::arg("group_size") = 0,
-          py::arg("blocks") = BlockArguments{})
+          py::arg("row_scales") = 0, py::arg("offsets") = 0, py::arg("inner_scales") = 0,
+          py::arg("inner_offsets") = 0, py::arg("columns") = 0, py::arg("scale_size") = 0,
+          py::arg("group_size") = 0, py::arg("blocks") = BlockArguments{})
       .def(
           "in_one_piece",
           [](const py::object& self) {

@@ -97,6 +97,10 @@ void pack_scales(const StoredMatrix& m, int64_t row0, int64_t rows, uint8_t* out
       }
     }
   }
+  if (layout.row_scales) {
+    std::memcpy(out + layout.row_scales_at(groups), m.row_scales + row0,
+                static_cast<size_t>(rows) * sizeof(float));
+  }
   for (int64_t g = 0; g < groups; ++g) {
     uint8_t* to = out + layout.inner_at(g);
     for (const int8_t* values : {layout.inner_scales ? m.inner_scales : nullptr,

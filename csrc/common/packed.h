@@ -21,7 +21,8 @@
 // multiplies; then those that the outer offset multiplies or, where there are only inner offsets, the outer
 // scale (zero points). They stand behind the group's codes, for two sets before them: all in the order in
 // which it is read, from one end of a block to the other. (The scales of Q4_K behind a block's last group
-// cost a Zen 5 10 % of the bandwidth; scales and units out of order in a group cost a Zen 4 up to 20 %.)
+// cost a Zen 5 10 % of the bandwidth; scales and units out of order in a group cost a Zen 4 up to 20 %.) A
+// third factor may stand behind all groups, as that of int8 does: a float for each row.
 //
 // All stored weight formats that are small integers (see Codes in ktcore/formats/base.py) become one
 // of these.
@@ -59,7 +60,8 @@ struct WeightLayout {
   bool inner_offsets = false;
   int32_t bias = 0;
   int8_t levels[16] = {};
-  int32_t largest = 128;   // that a weight is before it is scaled, its sign left out
+  int32_t largest = 128;  // that a weight is before it is scaled, its sign left out
+  bool row_scales = false;
   bool reordered = false;  // the columns are in an order of their own, which the matrix holds
   // For integers: whether activations of eight bits are exact enough, if exact results are not asked for.
   bool byte_activations = false;
@@ -178,11 +180,16 @@ struct WeightLayout {
   KT_INLINE int64_t outer_at(int64_t group) const {
     return group / span * (span * group_bytes() + outer_bytes());
   }
+  // Where in a block of so many groups the scales of its rows are, behind all else.
+  KT_INLINE int64_t row_scales_at(int64_t groups) const {
+    return groups * group_bytes() + ceil_div(groups, span) * outer_bytes();
+  }
   // Bytes of one block of a matrix with `cols` columns; a multiple of 64.
   KT_INLINE int64_t block_bytes(int64_t cols) const {
-    const int64_t groups = ceil_div(cols, kGroup);
-    int64_t bytes = groups * group_bytes() + ceil_div(groups, span) * outer_bytes();
-    if (format == WeightFormat::int8 || format == WeightFormat::bf16) bytes += kBlockRows * 4;
+    int64_t bytes = row_scales_at(ceil_div(cols, kGroup));
+    if (row_scales || format == WeightFormat::int8 || format == WeightFormat::bf16) {
+      bytes += kBlockRows * 4;
+    }
     return round_up(bytes, 64);
   }
 };
@@ -244,6 +251,7 @@ struct StoredMatrix {
   // Of floats [rows][ceil(cols / scale_size)], int8: [rows]; null for bf16, f16 and f32. Offsets and
   // inner scales and offsets (signed bytes [rows][ceil(cols / group_size)]) where the layout has them.
   const float* scales = nullptr;
+  const float* row_scales = nullptr;  // [rows], where the layout has them
   const float* offsets = nullptr;
   const int8_t* inner_scales = nullptr;
   const int8_t* inner_offsets = nullptr;

@@ -44,6 +44,12 @@ static constexpr int max_rows_alone() {
   return Format::kMaxRows;
 }
 
+template <class Format>
+static constexpr bool kHasRowScales = [] {
+  if constexpr (requires { Format::kRowScales; }) return Format::kRowScales;
+  return false;
+}();
+
 // One block times up to tiles_of_portion() tiles, whose numbers of tokens differ by one at most:
 // out [tile.first - tiles[0].first ...][planes][32]; then, with several planes, their sum [token][32] at the
 // beginning of each tile's place.
@@ -110,7 +116,9 @@ KT_NOINLINE static void multiply(const WeightLayout& layout, const uint8_t* bloc
           });
     }
   }
-  Format::finish(block, groups, out, rows);
+  if (kHasRowScales<Format> || layout.row_scales) {
+    scale_rows<S>(block + layout.row_scales_at(groups), out, rows);
+  }
   if (planes == 1) return;
   for (int i = 0; i < count; ++i) {
     float* c = place(tiles[i]);

@@ -149,33 +149,29 @@ static constexpr AllFormats all_formats() {
            coded<kAccuracy, 4, true, 2>()}};
 }
 #if defined(KTCORE_TILES)
-// Where results need not be exact; bf16 has no room for float16's numbers, or for the scales of NVFP4.
-template <Accuracy kAccuracy>
-static constexpr AllFormats most_in_tiles() {
-  return {{kernels_of<TileBf16<Simd>>(),
-           kernels_of<Floats<Simd, FromF16<Simd>>>(),
-           kernels_of<Floats<Simd, FromF32<Simd>>>(),
-           kernels_of<TileF8<Simd>>(),
-           kernels_of<TileCoded<Simd, 8, false, 0>>(),
-           kernels_of<TileCoded<Simd, 2, false, 1>>(),
-           kernels_of<TileCoded<Simd, 2, false, 2>>(),
-           kernels_of<TileCoded<Simd, 3, false, 1>>(),
-           kernels_of<TileCoded<Simd, 3, false, 2>>(),
-           kernels_of<TileCoded<Simd, 4, false, 1>>(),
-           kernels_of<TileCoded<Simd, 4, false, 2>>(),
-           kernels_of<TileCoded<Simd, 5, false, 1>>(),
-           kernels_of<TileCoded<Simd, 5, false, 2>>(),
-           kernels_of<TileCoded<Simd, 6, false, 1>>(),
-           kernels_of<TileCoded<Simd, 6, false, 2>>(),
-           kernels_of<TileCoded<Simd, 8, false, 1>>(),
-           kernels_of<TileCoded<Simd, 8, false, 2>>(),
-           kernels_of<TileCoded<Simd, 3, true, 1>>(),
-           kernels_of<TileCoded<Simd, 3, true, 2>>(),
-           kernels_of<TileCoded<Simd, 4, true, 1>>(),
-           coded<kAccuracy, 4, true, 2>()}};
-}
-static constexpr AllFormats kBf16 = most_in_tiles<Accuracy::bf16>();
-static constexpr AllFormats kInt8 = most_in_tiles<Accuracy::int8>();
+// Where results need not be exact; bf16 has no room for float16's numbers.
+static constexpr AllFormats kInTiles = {{kernels_of<TileBf16<Simd>>(),
+                                         kernels_of<Floats<Simd, FromF16<Simd>>>(),
+                                         kernels_of<Floats<Simd, FromF32<Simd>>>(),
+                                         kernels_of<TileF8<Simd>>(),
+                                         kernels_of<TileCoded<Simd, 8, false, 0>>(),
+                                         kernels_of<TileCoded<Simd, 2, false, 1>>(),
+                                         kernels_of<TileCoded<Simd, 2, false, 2>>(),
+                                         kernels_of<TileCoded<Simd, 3, false, 1>>(),
+                                         kernels_of<TileCoded<Simd, 3, false, 2>>(),
+                                         kernels_of<TileCoded<Simd, 4, false, 1>>(),
+                                         kernels_of<TileCoded<Simd, 4, false, 2>>(),
+                                         kernels_of<TileCoded<Simd, 5, false, 1>>(),
+                                         kernels_of<TileCoded<Simd, 5, false, 2>>(),
+                                         kernels_of<TileCoded<Simd, 6, false, 1>>(),
+                                         kernels_of<TileCoded<Simd, 6, false, 2>>(),
+                                         kernels_of<TileCoded<Simd, 8, false, 1>>(),
+                                         kernels_of<TileCoded<Simd, 8, false, 2>>(),
+                                         kernels_of<TileCoded<Simd, 3, true, 1>>(),
+                                         kernels_of<TileCoded<Simd, 3, true, 2>>(),
+                                         kernels_of<TileCoded<Simd, 4, true, 1>>(),
+                                         kernels_of<TileCoded<Simd, 4, true, 2>>()}};
+static constexpr AllFormats kBf16 = kInTiles, kInt8 = kInTiles;
 static double spin_bytes(int64_t iterations) { return spin_tiles_int8(iterations); }
 static double spin_pairs(int64_t iterations) { return spin_tiles_bf16(iterations); }
 #else

@@ -62,7 +62,8 @@ class Codes:
             offset = offsets[..., s] * inner_offsets[..., g]
 
     where an inner factor that is None is left out, and so is the offset where both are. With
-    `inner_offsets` alone, scales take the place of offsets: that is what zero points are.
+    `inner_offsets` alone, scales take the place of offsets: that is what zero points are. Where
+    there are `row_scales`, those of the row multiply both.
 
     Attributes:
         codes: uint8 [..., O, I], or as a file has them.
@@ -73,6 +74,7 @@ class Codes:
         scale_size: how many share a scale and an offset, a multiple of group_size; I for one a row.
         inner_scales: int8 [..., O, ceil(I / group_size)], or None.
         inner_offsets: likewise.
+        row_scales: float32 [..., O, 1], or None.
         columns: int64 [I] or None. Where given, column i above is column columns[i] of the weight:
             formats whose groups are not neighbours (GPTQ's act-order) sort them so.
     """
@@ -86,6 +88,7 @@ class Codes:
     inner_scales: Tensor | None = None
     inner_offsets: Tensor | None = None
     columns: Tensor | None = None
+    row_scales: Tensor | None = None
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Scales and offsets of every group, [..., O, ceil(I / group_size)]."""
@@ -102,6 +105,9 @@ class Codes:
             offsets = (scales if offsets is None else offsets) * self.inner_offsets
         if self.inner_scales is not None:
             scales = scales * self.inner_scales
+        if self.row_scales is not None:
+            scales = scales * self.row_scales
+            offsets = None if offsets is None else offsets * self.row_scales
         return scales, offsets
 
 

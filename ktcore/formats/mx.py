@@ -173,8 +173,7 @@ class NvFp4(Format):
 
     value = e2m1 * scale * global_scale in "nvfp4", as NVIDIA ModelOpt writes it (its
     `weight_scale_2`); value = e2m1 * scale / global_scale in "nvfp4_ct", as compressed-tensors
-    does. (`codes` has float32 scales, to which scale and global scale together are rounded once:
-    the exact ones can take 28 bits.)
+    does, whose inverse `codes` rounds to float32.
     """
 
     bits = 4.5
@@ -239,15 +238,24 @@ class NvFp4(Format):
         return self._apply_global(product, parts).to(wide(dtype)).to(dtype)
 
     def codes(self, parts: Parts, shape: Shape, *, blocks: bool = False) -> Codes:
-        scales = self._apply_global(parts["scales"].to(torch.float64) / 2, parts)
+        # The global scale is a factor of the rows, but for its power of two: sums that are still to
+        # be multiplied by it are then as far from overflow as others.
+        halves = torch.full_like(parts["global_scale"], 0.5, dtype=torch.float64)
+        half = self._apply_global(halves[..., None], parts)
+        exponent = torch.frexp(torch.where(half.isfinite(), half, 1.0)).exponent.clamp(-100, 100)
+        unit = torch.ldexp(torch.ones_like(half), exponent)
         return Codes(
             codes=self._codes(parts, shape),
             levels=torch.tensor(LEVELS, dtype=torch.int8),
-            scales=scales.to(torch.float32),
+            scales=(parts["scales"].to(torch.float64) * unit).to(torch.float32),
             offsets=None,
             group_size=16,
             scale_size=16,
+            row_scales=(half / unit).to(torch.float32).expand(*shape[:-1], 1),
         )
+
+    def exact_scale_dtype(self) -> torch.dtype:
+        return torch.bfloat16
 
 
 FORMATS = [MxFp4(), MxFp8(), NvFp4(divides=False), NvFp4(divides=True)]

@@ -79,8 +79,6 @@ struct Bf16Pairs {
     }
   }
 
-  static KT_INLINE void finish(const uint8_t*, int64_t, float*, int64_t) {}
-
  private:
   using AllPairs = std::make_integer_sequence<int, From::kPairs>;
 

@@ -14,7 +14,7 @@ struct Bf16Words {
   using I = typename S::I;
   static constexpr int kMaxRows = S::kIntRows;
   static constexpr int kDirectTiles = 2, kDirectRows = 0;
-  static constexpr bool kOverwrites = false;
+  static constexpr bool kOverwrites = false, kRowScales = true;
   static constexpr int kGroupPairs = static_cast<int>(kGroup) / 2;
   static constexpr int64_t kGroupBytes = kGroupPairs * kUnitBytes;
 
@@ -79,10 +79,6 @@ struct Bf16Words {
         S::store_i(to + v * S::kLanes * 4, words(w + v * S::kLanes * 4, multiple[v]));
       }
     }
-  }
-
-  static KT_INLINE void finish(const uint8_t* block, int64_t groups, float* out, int64_t rows) {
-    scale_rows<S>(block + groups * kGroupBytes, out, rows);
   }
 
  private:

@@ -347,7 +347,7 @@ struct ByteCoded {
   using F = typename S::F;
   static constexpr int kMaxRows = S::kIntRows;
   static constexpr int kDirectTiles = 2, kDirectRows = 0;
-  static constexpr bool kOverwrites = true;
+  static constexpr bool kOverwrites = true, kRowScales = kSets == 0;
 
   template <int R>
   KT_NOINLINE static void dot(const WeightLayout& layout, const uint8_t* block, const Range& range,
@@ -441,11 +441,6 @@ struct ByteCoded {
         }
       }
     }
-  }
-
-  // Applies the rows' scales.
-  static KT_INLINE void finish(const uint8_t* block, int64_t groups, float* out, int64_t rows) {
-    if constexpr (kSets == 0) scale_rows<S>(block + groups * Code::kBytes, out, rows);
   }
 
  private:

@@ -163,8 +163,6 @@ struct Floats {
     }
   }
 
-  static KT_INLINE void finish(const uint8_t*, int64_t, float*, int64_t) {}
-
  private:
   // `x` is the first row's value; those of a row lie in pairs.
   template <int V, int R>

@@ -128,7 +128,7 @@ struct Int8Channel {
   using Panel = Int16Panel<S, 0>;
   static constexpr int kMaxRows = S::kIntRows;
   static constexpr int kDirectTiles = 2, kDirectRows = S::kByteRows;
-  static constexpr bool kOverwrites = false;
+  static constexpr bool kOverwrites = false, kRowScales = true;
   static constexpr int kUnits = static_cast<int>(kGroup) / 4;
   static constexpr int64_t kGroupBytes = kUnits * kUnitBytes;
 
@@ -191,10 +191,6 @@ struct Int8Channel {
         S::store_i(to + kUnitBytes + at, weights.odd);
       }
     }
-  }
-
-  static KT_INLINE void finish(const uint8_t* block, int64_t groups, float* out, int64_t rows) {
-    scale_rows<S>(block + groups * kGroupBytes, out, rows);
   }
 };
 
@@ -309,8 +305,6 @@ struct Coded {
       }
     }
   }
-
-  static KT_INLINE void finish(const uint8_t*, int64_t, float*, int64_t) {}
 
  private:
   // A scale of what the codes' integers are units of.

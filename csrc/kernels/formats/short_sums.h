@@ -251,8 +251,6 @@ struct ShortCoded {
     }
   }
 
-  static KT_INLINE void finish(const uint8_t*, int64_t, float*, int64_t) {}
-
  private:
   // Whether the bias that fits 16 bits is not the layout's own: the rest is an offset.
   static constexpr bool kShifts = kBits == 5;

@@ -238,8 +238,6 @@ struct ShortCodedG16 {
     }
   }
 
-  static KT_INLINE void finish(const uint8_t*, int64_t, float*, int64_t) {}
-
  private:
   // Whether the next group has another outer scale, or unit.
   static KT_INLINE bool ends(const Groups<S, 2>& groups, int64_t group, int64_t end) {

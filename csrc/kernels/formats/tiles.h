@@ -198,7 +198,6 @@ struct TileFormat {
   static constexpr int64_t kPortionBytes = int64_t{5} << 18;
   static constexpr bool kOverwrites = true, kTiles = true;
   static constexpr bool kPacked = false;  // whether packed weights are what a panel would hold
-  static KT_INLINE void finish(const uint8_t*, int64_t, float*, int64_t) {}
 
   // One block times tiles of rows: see multiply.h.
   template <class Format, class Place>
@@ -337,6 +336,7 @@ struct TileF8 : TileFormat<S> {
 template <class S, int kBits, bool kTable, int kSets>
 struct TileCoded : TileFormat<S> {
   using Fine = TileCoded;
+  static constexpr bool kRowScales = kSets == 0;
   using Code = Codes<S, kBits, kTable>;
   using Quad = ByteQuads<S>;
   using I = typename S::I;
@@ -372,10 +372,6 @@ struct TileCoded : TileFormat<S> {
       done(g);
       if (++g == range.first + range.count) return;
     }
-  }
-
-  static KT_INLINE void finish(const uint8_t* block, int64_t groups, float* out, int64_t rows) {
-    if constexpr (kSets == 0) scale_rows<S>(block + groups * Code::kBytes, out, rows);
   }
 
  private:
