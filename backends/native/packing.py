@@ -186,14 +186,16 @@ class _Packer:
         if name == "codes8" and stored.scale_size >= columns and all(t is None for t in others):
             return _native.ext.WeightLayout("int8", byte_activations=bytes_will_do)
         small_groups = stored.group_size % GROUP != 0 and stored.group_size < columns
+        name += "_g16" if small_groups else ""
         return _native.ext.WeightLayout(
-            name + ("_g16" if small_groups else ""),
+            name,
             scale_type=scale_type,
             span=_span(stored.scale_size, columns),
             inner_scales=stored.inner_scales is not None,
             row_scales=stored.row_scales is not None,
             offsets=stored.offsets is not None,
             inner_offsets=stored.inner_offsets is not None,
+            inner_nibbles=name == "codes2_g16" and stored.inner_bits == 4,
             bias=bias,
             levels=levels if name.startswith("table") else [],
             largest=max(1, *map(abs, levels)),

@@ -125,6 +125,9 @@ struct Simd {
   static KT_INLINE I load_i8(const uint8_t* p) {
     return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
   }
+  static KT_INLINE I load_u8(const uint8_t* p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
   // Weights widened to pairs of 16 bits: bytes 0 and 2 of each lane, or 1 and 3.
   static KT_INLINE I even_bytes(I a) { return _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8); }
   static KT_INLINE I odd_bytes(I a) { return _mm256_srai_epi16(a, 8); }

@@ -325,8 +325,8 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<WeightLayout>(m, "WeightLayout")
       .def(py::init([](const std::string& format, int scale_type, int64_t span, bool inner_scales,
-                       bool row_scales, bool offsets, bool inner_offsets, int bias,
-                       const std::vector<int>& levels, int largest, bool reordered,
+                       bool row_scales, bool offsets, bool inner_offsets, bool inner_nibbles,
+                       int bias, const std::vector<int>& levels, int largest, bool reordered,
                        bool byte_activations) {
              need_positive("span", span);
              if (levels.size() > 16) throw std::invalid_argument("levels: at most 16");
@@ -338,6 +338,12 @@ PYBIND11_MODULE(_C, m) {
              layout.row_scales = row_scales;
              layout.offsets = offsets;
              layout.inner_offsets = inner_offsets;
+             if (inner_nibbles &&
+                 !(layout.format == WeightFormat::codes2_g16 && inner_scales && inner_offsets)) {
+               throw std::invalid_argument(
+                   "inner_nibbles: only of codes2_g16 with both inner factors");
+             }
+             layout.inner_nibbles = inner_nibbles;
              layout.bias = bias;
              if (largest < 1 || largest > 128) {
                throw std::invalid_argument("largest: expected 1 to 128, got " +
@@ -353,7 +359,8 @@ PYBIND11_MODULE(_C, m) {
            }),
            py::arg("format"), py::kw_only(), py::arg("scale_type") = 0, py::arg("span") = 1,
            py::arg("inner_scales") = false, py::arg("row_scales") = false,
-           py::arg("offsets") = false, py::arg("inner_offsets") = false, py::arg("bias") = 0,
+           py::arg("offsets") = false, py::arg("inner_offsets") = false,
+           py::arg("inner_nibbles") = false, py::arg("bias") = 0,
            py::arg("levels") = std::vector<int>{}, py::arg("largest") = 128,
            py::arg("reordered") = false, py::arg("byte_activations") = false)
       .def(
@@ -367,6 +374,7 @@ PYBIND11_MODULE(_C, m) {
             out["row_scales"] = self.row_scales;
             out["offsets"] = self.offsets;
             out["inner_offsets"] = self.inner_offsets;
+            out["inner_nibbles"] = self.inner_nibbles;
             out["bias"] = self.bias;
             out["largest"] = self.largest;
             out["reordered"] = self.reordered;

@@ -103,6 +103,17 @@ void pack_scales(const StoredMatrix& m, int64_t row0, int64_t rows, uint8_t* out
   }
   for (int64_t g = 0; g < groups; ++g) {
     uint8_t* to = out + layout.inner_at(g);
+    if (layout.inner_nibbles) {
+      for (int64_t set = 0; set < layout.sets(); ++set, to += kBlockRows) {
+        const int64_t column = g * kGroup + set * (kGroup / layout.sets());
+        for (int64_t r = 0; r < rows; ++r) {
+          const int scale = value_at(m.inner_scales, m, row0 + r, column, m.group_size);
+          const int offset = value_at(m.inner_offsets, m, row0 + r, column, m.group_size);
+          to[r] = static_cast<uint8_t>((scale & 15) | (offset & 15) << 4);
+        }
+      }
+      continue;
+    }
     for (const int8_t* values : {layout.inner_scales ? m.inner_scales : nullptr,
                                  layout.inner_offsets ? m.inner_offsets : nullptr}) {
       if (values == nullptr) continue;

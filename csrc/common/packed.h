@@ -19,7 +19,7 @@
 // A scale is up to two factors. The outer ones are floats for `span` groups, before the first of them, and
 // offsets follow them. The inner ones are signed bytes: one for each row and set, which the outer scale
 // multiplies; then those that the outer offset multiplies or, where there are only inner offsets, the outer
-// scale (zero points). They stand behind the group's codes, for two sets before them: all in the order in
+// scale (zero points). Both may be halves of one byte. They stand behind the group's codes, for two sets before them: all in the order in
 // which it is read, from one end of a block to the other. (The scales of Q4_K behind a block's last group
 // cost a Zen 5 10 % of the bandwidth; scales and units out of order in a group cost a Zen 4 up to 20 %.) A
 // third factor may stand behind all groups, as that of int8 does: a float for each row.
@@ -58,6 +58,8 @@ struct WeightLayout {
   bool inner_scales = false;
   bool offsets = false;  // outer ones
   bool inner_offsets = false;
+  bool inner_nibbles =
+      false;  // of codes2_g16: an inner scale and offset, both 0 to 15, share a byte
   int32_t bias = 0;
   int8_t levels[16] = {};
   int32_t largest = 128;  // that a weight is before it is scaled, its sign left out
@@ -131,7 +133,8 @@ struct WeightLayout {
     return scaled() ? outer_sets() * set_bytes() * (offsets ? 2 : 1) : 0;
   }
   KT_INLINE int64_t inner_bytes() const {
-    return sets() * kBlockRows * ((inner_scales ? 1 : 0) + (inner_offsets ? 1 : 0));
+    return sets() * kBlockRows *
+           (inner_nibbles ? 1 : (inner_scales ? 1 : 0) + (inner_offsets ? 1 : 0));
   }
   // Of two sets, the scales of the first are needed before the codes of the second.
   KT_INLINE bool inner_first() const { return sets() == 2; }

@@ -75,6 +75,7 @@ class Codes:
         inner_scales: int8 [..., O, ceil(I / group_size)], or None.
         inner_offsets: likewise.
         row_scales: float32 [..., O, 1], or None.
+        inner_bits: 4 where both inner factors are there and 0 to 15, whatever the weight.
         columns: int64 [I] or None. Where given, column i above is column columns[i] of the weight:
             formats whose groups are not neighbours (GPTQ's act-order) sort them so.
     """
@@ -89,6 +90,7 @@ class Codes:
     inner_offsets: Tensor | None = None
     columns: Tensor | None = None
     row_scales: Tensor | None = None
+    inner_bits: int = 8
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Scales and offsets of every group, [..., O, ceil(I / group_size)]."""

@@ -63,6 +63,7 @@ class BlockFormat(Format):
         type_size: bytes of a block.
         code_fields: where the codes are; empty for a type that numbers the entries of a codebook.
         levels: the integer that each code stands for.
+        inner_bits: as of `Codes`.
         scale_dtype: what the scales and offsets of a block fit without loss.
         halves: where a block has float16 scales and offsets: byte offset, and about how large that
             number is relative to the first for values that are centred. For `example`.
@@ -72,6 +73,7 @@ class BlockFormat(Format):
     group_size: int
     code_fields: tuple[Field, ...] = ()
     levels: tuple[int, ...]
+    inner_bits = 8
     scale_dtype = torch.float16
     halves: tuple[tuple[int, float], ...]
     arithmetic = "int16"
@@ -183,6 +185,7 @@ class BlockFormat(Format):
             scale_size=self.block_size,
             inner_scales=inner(scales.inner_scales),
             inner_offsets=inner(scales.inner_offsets),
+            inner_bits=self.inner_bits,
         )
 
     def exact_scale_dtype(self) -> torch.dtype:

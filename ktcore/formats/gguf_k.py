@@ -34,6 +34,7 @@ class Q2_K(_K):
     type_size = 84
     group_size = 16
     code_fields = (Field(16, 64, 2, 32),)
+    inner_bits = 4
     levels = (0, 1, 2, 3)
     halves = ((80, 1.0), (82, 1.5))
 

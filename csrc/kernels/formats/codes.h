@@ -19,6 +19,7 @@ struct Codes {
   static constexpr int kUnits = kBits;                   // of a group
   static constexpr bool kPairs = false;                  // of columns 0 and 1, 2 and 3
   static constexpr bool kBiased = !kTable && kBits < 8;  // as 16 bits
+  static constexpr bool kNibbles = kBits == 2;  // whether two sets of inner scales may be such
   static constexpr float kUnit = 1;
   template <int R>
   using Quad = Quads<S, R>;
@@ -101,7 +102,7 @@ template <class S>
 struct F8Codes {
   using I = typename S::I;
   static constexpr int kUnits = 8;
-  static constexpr bool kPairs = true, kBiased = false;
+  static constexpr bool kPairs = true, kBiased = false, kNibbles = false;
   static constexpr float kUnit = 1.0f / kF8Multiple;
   static constexpr int64_t kBytes = kUnits * kUnitBytes;
   template <int R>

@@ -4,14 +4,15 @@
 namespace ktcore::KTCORE_ISA {
 
 // Goes through a block's groups: where each is, and its scales and offsets, of up to kSets sets, as
-// floats. See packed.h for how they lie and combine.
-template <class S, int kSets>
+// floats. See packed.h for how they lie and combine; kNibbles: whether inner ones may share bytes.
+template <class S, int kSets, bool kNibbles = false>
 class Groups {
  public:
   KT_INLINE Groups(const WeightLayout& layout, int64_t code_bytes, const uint8_t* block)
       : layout_(layout),
         code_bytes_(code_bytes),
         both_sets_(layout.outer_sets() == 2),
+        nibbles_(kNibbles && layout.inner_nibbles),
         block_(block),
         group_bytes_(layout.group_bytes()),
         scale_lines_((layout.inner_bytes() + (layout.span == 1 ? layout.outer_bytes() : 0)) / 64 *
@@ -54,13 +55,20 @@ class Groups {
   KT_INLINE typename S::F outer(int set, int v) const {
     return S::load(scale_[both_sets_ ? set : 0] + v * S::kLanes);
   }
-  // The same of offsets, where both sets of a group share it, and a set's inner offsets, or 1.
-  KT_INLINE typename S::F outer_offset(int v) const {
-    return S::load((layout_.offsets ? offset_ : scale_)[0] + v * S::kLanes);
+  KT_INLINE typename S::F outer_offset(int set, int v) const {
+    return S::load((layout_.offsets ? offset_ : scale_)[both_sets_ ? set : 0] + v * S::kLanes);
+  }
+  // A set's inner scales, where there are any, and its inner offsets, or 1.
+  KT_INLINE typename S::I inner_scale(const uint8_t* group, int set, int v) const {
+    const uint8_t* at = inner_at(group, set, v);
+    return nibbles_ ? S::and_i(S::load_u8(at), S::set1_i32(15)) : S::load_i8(at);
   }
   KT_INLINE typename S::F inner_offset(const uint8_t* group, int set, int v) const {
     if (!layout_.inner_offsets) return S::set1(1);
-    return S::to_f32(inner(group, layout_.inner_scales ? kSets + set : set, v));
+    if (nibbles_) {
+      return S::to_f32(S::template shift16<4>(S::load_u8(inner_at(group, set, v))));
+    }
+    return S::to_f32(S::load_i8(inner_at(group, layout_.inner_scales ? kSets + set : set, v)));
   }
   // The scales and offsets of a group's set: of V vectors from v0 on, or of one.
   template <int V>
@@ -69,17 +77,15 @@ class Groups {
     for (int v = 0; v < V; ++v) to[v] = outer(set, v0 + v);
     if (!layout_.inner_scales) return;
     KT_UNROLL
-    for (int v = 0; v < V; ++v) to[v] = S::mul(to[v], S::to_f32(inner(group, set, v0 + v)));
+    for (int v = 0; v < V; ++v) to[v] = S::mul(to[v], S::to_f32(inner_scale(group, set, v0 + v)));
   }
   template <int V>
   KT_INLINE void offsets(const uint8_t* group, int set, int v0, typename S::F (&to)[V]) const {
-    const float* from = (layout_.offsets ? offset_ : scale_)[both_sets_ ? set : 0];
     KT_UNROLL
-    for (int v = 0; v < V; ++v) to[v] = S::load(from + (v0 + v) * S::kLanes);
+    for (int v = 0; v < V; ++v) to[v] = outer_offset(set, v0 + v);
     if (!layout_.inner_offsets) return;
-    const int at = layout_.inner_scales ? kSets + set : set;
     KT_UNROLL
-    for (int v = 0; v < V; ++v) to[v] = S::mul(to[v], S::to_f32(inner(group, at, v0 + v)));
+    for (int v = 0; v < V; ++v) to[v] = S::mul(to[v], inner_offset(group, set, v0 + v));
   }
   KT_INLINE typename S::F scale(const uint8_t* group, int set, int v) const {
     typename S::F of_vector[1];
@@ -91,13 +97,13 @@ class Groups {
     offsets<1>(group, set, v, of_vector);
     return of_vector[0];
   }
-  // Of a set's inner scales or, behind them, inner offsets.
-  KT_INLINE typename S::I inner(const uint8_t* group, int set, int v) const {
-    const uint8_t* first = kSets == 2 ? group - inner_bytes_ : group + code_bytes_;
-    return S::load_i8(first + set * kBlockRows + v * S::kLanes);
-  }
 
  private:
+  // Where set number `set` is, of inner scales or, behind them, inner offsets.
+  KT_INLINE const uint8_t* inner_at(const uint8_t* group, int set, int v) const {
+    const uint8_t* first = kSets == 2 ? group - inner_bytes_ : group + code_bytes_;
+    return first + set * kBlockRows + v * S::kLanes;
+  }
   template <int V>
   KT_INLINE void convert(const uint8_t* p, int v0) {
     convert_set<V>(p, v0, scale_[0]);
@@ -122,7 +128,7 @@ class Groups {
   static constexpr int kSecond = kSets == 2 ? 1 : 0;
   const WeightLayout& layout_;
   const int64_t code_bytes_;
-  const bool both_sets_;
+  const bool both_sets_, nibbles_;
   const uint8_t* block_;
   const int64_t group_bytes_, scale_lines_, inner_bytes_, outer_bytes_;
   const uint8_t* group_ = nullptr;

@@ -201,6 +201,7 @@ struct Coded {
   using Fine = Coded;
   using Codec = Int16Codec<S, Code::kPairs>;
   using Panel = Int16Panel<S, kSets>;
+  using AllGroups = Groups<S, kSets, Code::kNibbles && kSets == 2>;
   using I = typename S::I;
   using F = typename S::F;
   static constexpr int kMaxRows = S::kIntRows;
@@ -220,7 +221,7 @@ struct Coded {
     const float* x_value = Codec::values(tile, R, range.groups);
     const I levels = Quad::table(layout.levels);
     const bool last = kSets == 2 && scaled_last(layout);
-    Groups<S, kSets> groups(layout, Code::kBytes, block);
+    AllGroups groups(layout, Code::kBytes, block);
     for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
       F acc[V][R];
       if (last) {
@@ -251,7 +252,8 @@ struct Coded {
           sum_set<1, V, R>(layout, group, g, v0, levels, a, x_sum, units, other, prefetch);
           KT_UNROLL
           for (int v = 0; v < V; ++v) {
-            const I first = groups.inner(group, 0, v0 + v), second = groups.inner(group, 1, v0 + v);
+            const I first = groups.inner_scale(group, 0, v0 + v),
+                    second = groups.inner_scale(group, 1, v0 + v);
             KT_UNROLL
             for (int r = 0; r < R; ++r) {
               sum[v][r] = S::add_i32(S::mul_i32(sum[v][r], first), S::mul_i32(other[v][r], second));
@@ -277,7 +279,7 @@ struct Coded {
     constexpr int kVectors = static_cast<int>(kBlockRows) / S::kLanes;
     const I levels = WordQuads<S>::table(layout.levels);
     const I bias = S::set1_i16(static_cast<int16_t>(layout.bias));
-    Groups<S, kSets> groups(layout, Code::kBytes, block);
+    AllGroups groups(layout, Code::kBytes, block);
     uint8_t* to = panel.weights;
     panel.has_offsets = groups.has_offsets();
     panel.folded = layout.folded();
@@ -288,8 +290,8 @@ struct Coded {
       for (int v = 0; v < kVectors; ++v) {
         const int64_t lanes = v * S::kLanes, at = lanes * 4;
         if (panel.folded) {
-          const I factors[] = {S::twice16(groups.inner(group, 0, v)),
-                               S::twice16(groups.inner(group, kSets - 1, v))};
+          const I factors[] = {S::twice16(groups.inner_scale(group, 0, v)),
+                               S::twice16(groups.inner_scale(group, kSets - 1, v))};
           expand_quads<true>(group + at, levels, bias, factors, to + at, Numbers<8>());
           S::store(panel.scales + g * kBlockRows + lanes, groups.outer(0, v));
         } else {
@@ -366,9 +368,9 @@ struct Coded {
 
   // Adds such sums, with their scales and offsets, to acc.
   template <int kSet, int V, int R>
-  static KT_INLINE void add_set(const Groups<S, kSets>& groups, const uint8_t* group, int64_t g,
-                                int v0, const float* x_scale, const float* x_value,
-                                const I (&sum)[V][R], F (&acc)[V][R]) {
+  static KT_INLINE void add_set(const AllGroups& groups, const uint8_t* group, int64_t g, int v0,
+                                const float* x_scale, const float* x_value, const I (&sum)[V][R],
+                                F (&acc)[V][R]) {
     F scale[V];
     groups.template scales<V>(group, kSet, v0, scale);
     KT_UNROLL
@@ -387,7 +389,7 @@ struct Coded {
     }
   }
   template <int kSet, int V, int R>
-  static KT_INLINE void add_offsets(const Groups<S, kSets>& groups, const uint8_t* group, int64_t g,
+  static KT_INLINE void add_offsets(const AllGroups& groups, const uint8_t* group, int64_t g,
                                     int v0, const float* x_value, F (&acc)[V][R]) {
     if (!groups.has_offsets()) return;
     F offset[V];

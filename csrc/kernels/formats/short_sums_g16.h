@@ -26,15 +26,6 @@ static KT_INLINE void add_scaled_sums(typename S::I (&total)[V][R],
   }
 }
 
-// A group's inner scales of a half, as sums are multiplied with them.
-template <class S>
-static KT_INLINE typename S::I inner_of(const Groups<S, 2>& groups, const uint8_t* group, int half,
-                                        int v) {
-  const typename S::I inner = groups.inner(group, half, v);
-  if constexpr (S::kByteDots) return inner;
-  return S::twice16(inner);
-}
-
 // Adds sums, times a number for each row of weights.
 template <class S, int V, int R>
 static KT_INLINE void add_multiples(typename S::F (&piece)[V][R], const typename S::F (&sum)[V][R],
@@ -121,6 +112,7 @@ struct ShortCodedG16 {
   using Panel = ShortPanelG16<S, kBits>;
   using Weights = ByteWeights<S, kBits, false>;
   using Code = typename Weights::Code;
+  using AllGroups = Groups<S, 2, Code::kNibbles>;
   using I = typename S::I;
   using F = typename S::F;
   static constexpr int kMaxRows = S::kIntRows;
@@ -138,7 +130,7 @@ struct ShortCodedG16 {
     const I levels = S::zero_i();
     const I excess = S::set1_i32(-16 * layout.byte_bias());
     const int64_t end = range.first + range.count;
-    Groups<S, 2> groups(layout, Code::kBytes, block);
+    AllGroups groups(layout, Code::kBytes, block);
     for (int v0 = 0; v0 < static_cast<int>(kBlockRows) / S::kLanes; v0 += V) {
       ShortTile<S, R, 2> x(tile, range.groups, range.first);
       F piece[V][R];
@@ -161,7 +153,7 @@ struct ShortCodedG16 {
           Weights::sum_half(half, sum, of_weights[half], excess, units, codes, levels, x, prefetch);
           KT_UNROLL
           for (int v = 0; v < V; ++v) {
-            inner[v] = inner_of<S>(groups, group, half, v0 + v);
+            inner[v] = inner_of(groups, group, half, v0 + v);
             of_weights[half][v] = S::mul_i16(of_weights[half][v], inner[v]);
           }
           add_scaled_sums<S>(total, sum, inner, x, half);
@@ -190,7 +182,7 @@ struct ShortCodedG16 {
             }
           }
           KT_UNROLL
-          for (int v = 0; v < V; ++v) offset[v] = groups.outer_offset(v0 + v);
+          for (int v = 0; v < V; ++v) offset[v] = groups.outer_offset(0, v0 + v);
           add_multiples<S>(piece, of_offsets, offset);
         }
         if (scale_ends) first = g + 1;
@@ -210,7 +202,7 @@ struct ShortCodedG16 {
     constexpr int kVectors = static_cast<int>(kBlockRows) / S::kLanes;
     const I levels = S::zero_i();
     const I excess = S::set1_i32(-16 * layout.byte_bias());
-    Groups<S, 2> groups(layout, Code::kBytes, block);
+    AllGroups groups(layout, Code::kBytes, block);
     panel.has_offsets = groups.has_offsets();
     for (int64_t g = 0; g < range.count; ++g) {
       const uint8_t* group = g == 0 ? groups.template begin<kVectors>(range.first, 0)
@@ -222,14 +214,14 @@ struct ShortCodedG16 {
         Weights::expand(group + row * 4, levels, panel.weights + g * 8 * kUnitBytes + row * 4,
                         of_weights);
         for (int half = 0; half < 2; ++half) {
-          const I inner = inner_of<S>(groups, group, half, v);
+          const I inner = inner_of(groups, group, half, v);
           of_weights[half] = S::mul_i16(of_weights[half], inner);
           S::store_i(panel.inner + ((2 * g + half) * kBlockRows + row) * 4, inner);
         }
         S::store_i(panel.sums + at * 4, S::pair16(of_weights[0], of_weights[1]));
         S::store(panel.scales + at, groups.outer(0, v));
         if (!panel.has_offsets) continue;
-        S::store(panel.offsets + at, groups.outer_offset(v));
+        S::store(panel.offsets + at, groups.outer_offset(0, v));
         for (int half = 0; half < 2; ++half) {
           S::store(panel.inner_offsets + (2 * g + half) * kBlockRows + row,
                    groups.inner_offset(group, half, v));
@@ -239,8 +231,14 @@ struct ShortCodedG16 {
   }
 
  private:
+  // A group's inner scales of a half, as sums are multiplied with them.
+  static KT_INLINE I inner_of(const AllGroups& groups, const uint8_t* group, int half, int v) {
+    const I inner = groups.inner_scale(group, half, v);
+    if constexpr (S::kByteDots) return inner;
+    return S::twice16(inner);
+  }
   // Whether the next group has another outer scale, or unit.
-  static KT_INLINE bool ends(const Groups<S, 2>& groups, int64_t group, int64_t end) {
+  static KT_INLINE bool ends(const AllGroups& groups, int64_t group, int64_t end) {
     return groups.ends_span() || group + 1 == end || (group + 1) % Panel::kGroups == 0;
   }
 };

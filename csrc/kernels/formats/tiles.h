@@ -350,7 +350,7 @@ struct TileCoded : TileFormat<S> {
     // A byte b becomes 1 + b / 256, as a float's bits; what it stands for is then a product and a sum away.
     const F start = S::set1(static_cast<float>(-256 - layout.byte_bias()));
     const F up = S::set1(TileFormat<S>::kUp), ratio = S::set1(256);
-    Groups<S, kSets> groups(layout, Code::kBytes, block);
+    Groups<S, kSets, Code::kNibbles && kSets == 2> groups(layout, Code::kBytes, block);
     const uint8_t* group = groups.template begin<kVectors>(range.first, 0);
     for (int64_t g = range.first;; group = groups.template next<kVectors>(0)) {
       for (int v = 0; v < kVectors; ++v) {
