@@ -19,12 +19,14 @@ from torch import Tensor
 import ktcore
 from ktcore import _native
 from ktcore.formats import BlockCodes, Codes, Floats, Format
+from ktcore.formats.base import E8M0
 from ktcore.formats.integer import BYTES
 from ktcore.weights import ExpertWeights, QuantTensor
 from ktcore.weights.packed_cache import Layout
 
 LAYOUT = "native"
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+SCALE_TYPES = {**DTYPES, E8M0: 3}
 
 FLOATS = {
     torch.bfloat16: "bf16",
@@ -169,7 +171,7 @@ class _Packer:
     def layout(self, stored: Codes | Floats, shape: Sequence[int]) -> object:
         """The layout of matrices like this one, [..., O, I]."""
         rows, columns = shape[-2:]
-        scale_type = DTYPES[self.scale_type or torch.float32]
+        scale_type = SCALE_TYPES[self.scale_type or torch.float32]
         if isinstance(stored, Floats):
             name = FLOATS[stored.data.dtype]
             if stored.scales is None:

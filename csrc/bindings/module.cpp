@@ -332,7 +332,15 @@ PYBIND11_MODULE(_C, m) {
              if (levels.size() > 16) throw std::invalid_argument("levels: at most 16");
              WeightLayout layout;
              layout.format = layout_of(format);
-             layout.scale_type = dtype_of(scale_type);
+             if (scale_type < 0 || scale_type > 3) {
+               throw std::invalid_argument("scale_type: expected 0 to 3, got " +
+                                           std::to_string(scale_type));
+             }
+             layout.scale_type = static_cast<ScaleType>(scale_type);
+             if (layout.scale_type == ScaleType::e8m0 && layout.format == WeightFormat::f8) {
+               throw std::invalid_argument(
+                   "scale_type: f8 has NaN for a scale, which e8m0 has not here");
+             }
              layout.span = span;
              layout.inner_scales = inner_scales;
              layout.row_scales = row_scales;

@@ -60,14 +60,19 @@ uint16_t f16_of_float(float v) {
   return static_cast<uint16_t>(sign | static_cast<uint16_t>(std::ldexp(std::fabs(v), 24)));
 }
 
-void store_scale(float v, DType type, uint8_t* out) {
-  if (type == DType::f32) {
+void store_scale(float v, ScaleType type, uint8_t* out) {
+  if (type == ScaleType::f32) {
     std::memcpy(out, &v, 4);
     return;
   }
   uint32_t bits;
   std::memcpy(&bits, &v, 4);
-  const uint16_t half = type == DType::f16 ? f16_of_float(v) : static_cast<uint16_t>(bits >> 16);
+  if (type == ScaleType::e8m0) {
+    *out = static_cast<uint8_t>(bits >> 23);
+    return;
+  }
+  const uint16_t half =
+      type == ScaleType::f16 ? f16_of_float(v) : static_cast<uint16_t>(bits >> 16);
   std::memcpy(out, &half, 2);
 }
 
@@ -81,7 +86,7 @@ T value_at(const T* values, const StoredMatrix& m, int64_t row, int64_t column, 
 // All scales and offsets of a block.
 void pack_scales(const StoredMatrix& m, int64_t row0, int64_t rows, uint8_t* out) {
   const WeightLayout& layout = m.layout;
-  const int64_t groups = ceil_div(m.cols, kGroup), size = dtype_size(layout.scale_type);
+  const int64_t groups = ceil_div(m.cols, kGroup), size = scale_size(layout.scale_type);
   const int64_t outer_sets = layout.outer_sets();
   for (int64_t piece = 0; piece < ceil_div(groups, layout.span); ++piece) {
     uint8_t* to = out + layout.outer_at(piece * layout.span);
@@ -229,7 +234,7 @@ void pack_codes(const StoredMatrix& m, int64_t row0, int64_t rows, uint8_t* out)
 void pack_f8(const StoredMatrix& m, int64_t row0, int64_t rows, uint8_t* out) {
   const int64_t groups = ceil_div(m.cols, kGroup);
   pack_scales(m, row0, rows, out);
-  const int64_t size = dtype_size(m.layout.scale_type);
+  const int64_t size = scale_size(m.layout.scale_type);
   for (int64_t r = 0; r < rows; ++r) {
     const auto* src = static_cast<const uint8_t*>(m.data) + (row0 + r) * m.cols;
     for (int64_t g = 0; g < groups; ++g) {

@@ -19,10 +19,13 @@
 // A scale is up to two factors. The outer ones are floats for `span` groups, before the first of them, and
 // offsets follow them. The inner ones are signed bytes: one for each row and set, which the outer scale
 // multiplies; then those that the outer offset multiplies or, where there are only inner offsets, the outer
-// scale (zero points). Both may be halves of one byte. They stand behind the group's codes, for two sets before them: all in the order in
-// which it is read, from one end of a block to the other. (The scales of Q4_K behind a block's last group
-// cost a Zen 5 10 % of the bandwidth; scales and units out of order in a group cost a Zen 4 up to 20 %.) A
-// third factor may stand behind all groups, as that of int8 does: a float for each row.
+// scale (zero points). Both may be halves of one byte. They stand behind the group's codes, for two sets
+// before them: all in the order in which it is read, from one end of a block to the other. (The scales of
+// Q4_K behind a block's last group cost a Zen 5 10 % of the bandwidth; scales and units out of order in a
+// group cost a Zen 4 up to 20 %.)
+//
+// A third factor may stand behind all groups, as that of int8 does: a float for each row. So the others are
+// no longer than the file's: what they have in common, or would be too small with, is the rows'.
 //
 // All stored weight formats that are small integers (see Codes in ktcore/formats/base.py) become one
 // of these.
@@ -53,8 +56,8 @@ static constexpr int32_t kF8Multiple = 32, kLargestF8 = 480 * kF8Multiple, kLarg
 struct WeightLayout {
   WeightFormat format = WeightFormat::bf16;
   // For f8, codes and tables alone:
-  DType scale_type = DType::f32;  // of the outer scales and offsets
-  int64_t span = 1;               // groups that share an outer scale
+  ScaleType scale_type = ScaleType::f32;  // of the outer scales and offsets
+  int64_t span = 1;                       // groups that share an outer scale
   bool inner_scales = false;
   bool offsets = false;  // outer ones
   bool inner_offsets = false;
@@ -128,7 +131,7 @@ struct WeightLayout {
   // Sets of outer scales for each `span` groups.
   KT_INLINE int64_t outer_sets() const { return inner_scales || span > 1 ? 1 : sets(); }
   // Bytes of one set of outer scales, or of offsets.
-  KT_INLINE int64_t set_bytes() const { return kBlockRows * dtype_size(scale_type); }
+  KT_INLINE int64_t set_bytes() const { return kBlockRows * ktcore::scale_size(scale_type); }
   KT_INLINE int64_t outer_bytes() const {
     return scaled() ? outer_sets() * set_bytes() * (offsets ? 2 : 1) : 0;
   }

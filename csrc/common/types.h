@@ -9,6 +9,8 @@
 namespace ktcore {
 
 enum class DType : int { f32 = 0, f16 = 1, bf16 = 2 };
+// Of a packed matrix's scales; e8m0 (OCP) are powers of two, 2^(byte - 127).
+enum class ScaleType : int { f32 = 0, f16 = 1, bf16 = 2, e8m0 = 3 };
 enum class Activation : int { silu = 0, gelu_tanh = 1, swiglu_oai = 2 };
 enum class Scoring : int { softmax = 0, sigmoid = 1 };
 // The stored formats that `quantize` and `dequantize` know.
@@ -47,6 +49,9 @@ static constexpr int kWeightFormats = 21;
 static constexpr int64_t kGroup = 32;  // weights and activations share one scale per group of this
 
 static constexpr int64_t dtype_size(DType t) { return t == DType::f32 ? 4 : 2; }
+static constexpr int64_t scale_size(ScaleType t) {
+  return t == ScaleType::f32 ? 4 : t == ScaleType::e8m0 ? 1 : 2;
+}
 
 // A row-major matrix whose rows may be strided; `stride` counts elements.
 struct ConstRows {

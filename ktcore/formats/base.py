@@ -12,6 +12,9 @@ from torch import Tensor
 Shape = tuple[int, ...]
 Parts = dict[str, Tensor]
 
+# e8m0 as a type of scales: powers of two (torch has one of its own from 2.7 on alone).
+E8M0 = torch.uint8
+
 
 @dataclass(frozen=True)
 class Field:
@@ -200,7 +203,7 @@ class Format(abc.ABC):
 
     def exact_scale_dtype(self) -> torch.dtype | None:
         """The smallest type that holds the scales and offsets of `codes` or `floats` without loss,
-        whatever the weight; None if that depends on the weight.
+        whatever the weight; None if that depends on the weight. `E8M0` for powers of two.
         """
         return None
 

@@ -32,13 +32,21 @@ from ktcore.formats.gguf_search import Levels, nested_symmetric
 
 class _Codebook(BlockFormat):
     block_size = 256
-    scale_dtype = torch.float32  # an eighth of a float16 may be too small for one
+    unit: float  # of the scales
     magnitudes: tuple[int, ...]
     halves = ((0, 1.0),)
 
     def __init__(self) -> None:
         super().__init__()
         self.levels = (*self.magnitudes, *(-m for m in self.magnitudes))
+
+    def codes(self, parts: Parts, shape: Shape, *, blocks: bool = False) -> Codes:
+        """With the unit as the rows' scale: an eighth of a float16 may be too small for one."""
+        stored = super().codes(parts, shape, blocks=blocks)
+        if self.unit == 1:
+            return stored
+        unit = torch.full_like(stored.scales[..., :1], self.unit)
+        return dataclasses.replace(stored, scales=stored.scales / self.unit, row_scales=unit)
 
     def signed(self, entries: Tensor, negative: Tensor) -> Tensor:
         """Codes [N, 256] from magnitudes [N, ..., 4 or 8] and sign bits [N, 256]."""
@@ -65,6 +73,7 @@ class IQ2_XXS(_Codebook):
     name = "iq2_xxs"
     type_size = 66
     group_size = 32
+    unit = 1 / 8
     magnitudes = (8, 25, 43)
 
     def unpack_codes(self, blocks: Tensor) -> Tensor:
@@ -74,7 +83,7 @@ class IQ2_XXS(_Codebook):
 
     def unpack_scales(self, blocks: Tensor) -> Scales:
         packed = blocks[:, 2:].unflatten(-1, (8, 8))[..., 7]
-        return Scales(half(blocks, 0) / 8, 2 * (packed >> 4) + 1)
+        return Scales(self.unit * half(blocks, 0), 2 * (packed >> 4) + 1)
 
 
 class IQ2_XS(_Codebook):
@@ -83,6 +92,7 @@ class IQ2_XS(_Codebook):
     name = "iq2_xs"
     type_size = 74
     group_size = 16
+    unit = 1 / 8
     magnitudes = (8, 25, 43)
 
     def unpack_codes(self, blocks: Tensor) -> Tensor:
@@ -90,7 +100,7 @@ class IQ2_XS(_Codebook):
         return self.signed(grid("iq2_xs", entries & 511), signs_of_seven(entries >> 9).flatten(1))
 
     def unpack_scales(self, blocks: Tensor) -> Scales:
-        return Scales(half(blocks, 0) / 8, 2 * fields(blocks[:, 66:], 4, 1) + 1)
+        return Scales(self.unit * half(blocks, 0), 2 * fields(blocks[:, 66:], 4, 1) + 1)
 
 
 class IQ2_S(_Codebook):
@@ -99,6 +109,7 @@ class IQ2_S(_Codebook):
     name = "iq2_s"
     type_size = 82
     group_size = 16
+    unit = 1 / 8
     magnitudes = (8, 25, 43)
 
     def unpack_codes(self, blocks: Tensor) -> Tensor:
@@ -106,7 +117,7 @@ class IQ2_S(_Codebook):
         return self.signed(grid("iq2_s", entries), fields(blocks[:, 34:66], 1, 1))
 
     def unpack_scales(self, blocks: Tensor) -> Scales:
-        return Scales(half(blocks, 0) / 8, 2 * fields(blocks[:, 74:], 4, 1) + 1)
+        return Scales(self.unit * half(blocks, 0), 2 * fields(blocks[:, 74:], 4, 1) + 1)
 
 
 class IQ3_XXS(_Codebook):
@@ -115,13 +126,14 @@ class IQ3_XXS(_Codebook):
     name = "iq3_xxs"
     type_size = 98
     group_size = 32
+    unit = 1 / 4
     magnitudes = (4, 12, 20, 28, 36, 44, 52, 62)
 
     def unpack_codes(self, blocks: Tensor) -> Tensor:
         return self.signed(grid("iq3_xxs", blocks[:, 2:66]), _signs(words(blocks[:, 66:], 4)))
 
     def unpack_scales(self, blocks: Tensor) -> Scales:
-        return Scales(half(blocks, 0) / 4, 2 * (blocks[:, 69::4] >> 4) + 1)
+        return Scales(self.unit * half(blocks, 0), 2 * (blocks[:, 69::4] >> 4) + 1)
 
 
 class IQ3_S(_Codebook):
@@ -130,6 +142,7 @@ class IQ3_S(_Codebook):
     name = "iq3_s"
     type_size = 110
     group_size = 32
+    unit = 1.0
     magnitudes = (1, 3, 5, 7, 9, 11, 13, 15)
 
     def unpack_codes(self, blocks: Tensor) -> Tensor:
@@ -141,6 +154,7 @@ class IQ3_S(_Codebook):
 
 
 class _Ternary(_Codebook):
+    unit = 1 / 8
     magnitudes = (-7, 1, 9)  # with delta 1/8; codes from 3 on, with -1/8, are -9, -1, 7
 
     def __init__(self) -> None:
@@ -166,7 +180,7 @@ class IQ1_S(_Ternary):
         return self.signed(grid("iq1_s", entries), negative)
 
     def unpack_scales(self, blocks: Tensor) -> Scales:
-        return Scales(half(blocks, 0) / 8, 2 * (words(blocks[:, 34:], 2) >> 12 & 7) + 1)
+        return Scales(self.unit * half(blocks, 0), 2 * (words(blocks[:, 34:], 2) >> 12 & 7) + 1)
 
     def codes(self, parts: Parts, shape: Shape, *, blocks: bool = False) -> Codes:
         """With t alone for a code, and delta as an offset: two bits instead of three."""
@@ -206,7 +220,7 @@ class IQ1_M(_Ternary):
         at = torch.arange(0, 16, 4, device=blocks.device)
         bits = (packed >> 12 << at).sum(-1, keepdim=True)
         d = half(torch.cat([bits & 255, bits >> 8], -1).to(torch.uint8), 0)
-        return Scales(d / 8, scales)
+        return Scales(self.unit * d, scales)
 
     def set_scales(self, blocks: Tensor, size: Tensor, generator: torch.Generator) -> None:
         """Values are about 7 d: scales 2s + 1 are about 8 and t + delta is 0.8."""

@@ -6,11 +6,13 @@ i + 16 of a block share a byte of 4-bit codes; the fifth bits come in column ord
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from ktcore.formats._packing import total
-from ktcore.formats.base import Field
+from ktcore.formats.base import E8M0, Codes, Field, Parts, Shape
 from ktcore.formats.gguf_blocks import (
     BlockFormat,
     Scales,
@@ -137,11 +139,22 @@ class MXFP4(_Legacy):
     type_size = 17
     code_fields = _codes_at(1)
     levels = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
-    scale_dtype = torch.bfloat16
+    scale_dtype = E8M0
     halves = ()
 
     def unpack_scales(self, blocks: Tensor) -> Scales:
         return Scales(self._power(blocks[:, :1]))
+
+    def codes(self, parts: Parts, shape: Shape, *, blocks: bool = False) -> Codes:
+        """With scales twice as large, which are e8m0's numbers; not in rows that have its largest
+        (where 2^-128 is none: it becomes 2^-127)."""
+        stored = super().codes(parts, shape, blocks=blocks)
+        largest = (stored.scales == 2.0**127).any(-1, keepdim=True)
+        return dataclasses.replace(
+            stored,
+            scales=torch.where(largest, stored.scales.clamp(min=2.0**-127), 2 * stored.scales),
+            row_scales=torch.where(largest, 1.0, 0.5),
+        )
 
     @staticmethod
     def _power(e: Tensor) -> Tensor:

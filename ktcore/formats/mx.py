@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ktcore.formats._packing import ceil_div, groups, spread, wide
-from ktcore.formats.base import Codes, Floats, Format, Parts, Shape
+from ktcore.formats.base import E8M0, Codes, Floats, Format, Parts, Shape
 from ktcore.formats.fp8 import SMALLEST, reciprocal, to_e4m3
 
 E8M0_NAN = 255
@@ -118,17 +118,21 @@ class MxFp4(Format):
         return (e2m1(self._codes(parts, shape), torch.float64) * scales).to(wide(dtype)).to(dtype)
 
     def codes(self, parts: Parts, shape: Shape, *, blocks: bool = False) -> Codes:
+        scales = e8m0(parts["scales"], torch.float32)
+        spoilt = scales.isnan().any(-1, keepdim=True)
         return Codes(
             codes=self._codes(parts, shape),
             levels=torch.tensor(LEVELS, dtype=torch.int8),
-            scales=(e8m0(parts["scales"], torch.float64) / 2).to(torch.float32),
+            scales=scales,
             offsets=None,
             group_size=32,
             scale_size=32,
+            # Levels are in halves; kernels look for NaN here.
+            row_scales=torch.where(spoilt, torch.nan, 0.5),
         )
 
     def exact_scale_dtype(self) -> torch.dtype:
-        return torch.bfloat16
+        return E8M0
 
 
 class MxFp8(Format):

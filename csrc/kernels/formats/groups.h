@@ -117,11 +117,16 @@ class Groups {
   KT_INLINE void convert_set(const uint8_t* p, int v0, float* to) const {
     for (int v = v0; v < v0 + V; ++v) {
       const int64_t at = v * S::kLanes;
-      const auto* half = reinterpret_cast<const uint16_t*>(p) + at;
-      S::store(to + at, layout_.scale_type == DType::f32
-                            ? S::load(reinterpret_cast<const float*>(p) + at)
-                        : layout_.scale_type == DType::f16 ? S::load_f16(half)
-                                                           : S::load_bf16(half));
+      S::store(to + at, scales_at(p, at));
+    }
+  }
+  KT_INLINE typename S::F scales_at(const uint8_t* p, int64_t at) const {
+    const auto* half = reinterpret_cast<const uint16_t*>(p) + at;
+    switch (layout_.scale_type) {
+      case ScaleType::f32: return S::load(reinterpret_cast<const float*>(p) + at);
+      case ScaleType::f16: return S::load_f16(half);
+      case ScaleType::bf16: return S::load_bf16(half);
+      default: return S::load_e8m0(p + at);
     }
   }
 
