@@ -90,6 +90,38 @@ def test_the_largest_e4m3_do_not_overflow(variant, tokens, sign):
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 40])
+@pytest.mark.parametrize("name", ["mxfp4", "gguf_mxfp4"])
+def test_every_power_of_two_of_mxfp4(variant, name, tokens):
+    """Each as the scale of a row; in mxfp4 the last one is NaN."""
+    generator = torch.Generator().manual_seed(0)
+    format, powers = get_format(name), torch.arange(256)
+    parts = format.example((256, 64), generator)
+    if name == "mxfp4":
+        parts["scales"][:] = powers[:, None]
+    else:
+        parts["data"].view(256, 2, 17)[..., 0] = powers[:, None]
+    weight = QuantTensor(format, (256, 64), parts)
+    exact = weight.dequantize(torch.float64)
+    x = torch.randn(tokens, 64, generator=generator)
+    in_tiles = variant.backend == "amx"  # which take subnormal numbers for zero
+    unseen = torch.ones(256, dtype=torch.bool)
+    for power in (90, 0, -90):
+        got = ops.linear(x * 2.0**power, weight)
+        want = x.double() * 2.0**power @ exact.T
+        usual = x.norm() * 2.0**power * exact.norm(dim=1) / 64**0.5
+        sound = (usual > 2.0**-100) & (usual < 2.0**110)
+        if in_tiles:
+            sound &= (powers > 16) & (powers < 240)
+        if variant.backend == "reference":  # which has weights in float32
+            sound &= exact.to(torch.float32).isfinite().all(1)
+        assert ((got - want).norm(dim=0) / usual)[sound].max() < (1e-2 if in_tiles else 1e-3)
+        assert got[:, exact.isnan().any(1)].isnan().all()
+        unseen &= ~sound
+    if variant.backend in ("avx2", "avx512"):
+        assert powers[unseen].tolist() == ([255] if name == "mxfp4" else [])
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 40])
 def test_rows_of_bf16_of_any_size(variant, tokens):
     """Also where a row's numbers are taken as so many to its largest."""
     generator = torch.Generator().manual_seed(0)

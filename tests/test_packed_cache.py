@@ -487,6 +487,12 @@ def test_packed_weights_over_memory():
     assert ext.WeightLayout("table4", scale_type=1, span=8, offsets=True) != layout
     with pytest.raises(ValueError, match="largest: expected 1 to 128, got 129"):
         ext.WeightLayout("table4", largest=129)
+    with pytest.raises(ValueError, match="scale_type: expected 0 to 3, got 4"):
+        ext.WeightLayout("table4", scale_type=4)
+    with pytest.raises(ValueError, match="scale_type: f8"):
+        ext.WeightLayout("f8", scale_type=3)
+    with pytest.raises(ValueError, match="inner_nibbles: only of codes2_g16"):
+        ext.WeightLayout("codes3_g16", inner_scales=True, inner_offsets=True, inner_nibbles=True)
     own = ext.PackedMatrix(layout, 40, 100)
     memory = mmap.mmap(-1, own.nbytes)
     memory[:] = memoryview(own)

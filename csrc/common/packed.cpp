@@ -86,7 +86,7 @@ T value_at(const T* values, const StoredMatrix& m, int64_t row, int64_t column, 
 // All scales and offsets of a block.
 void pack_scales(const StoredMatrix& m, int64_t row0, int64_t rows, uint8_t* out) {
   const WeightLayout& layout = m.layout;
-  const int64_t groups = ceil_div(m.cols, kGroup), size = scale_size(layout.scale_type);
+  const int64_t groups = ceil_div(m.cols, kGroup), size = scale_bytes(layout.scale_type);
   const int64_t outer_sets = layout.outer_sets();
   for (int64_t piece = 0; piece < ceil_div(groups, layout.span); ++piece) {
     uint8_t* to = out + layout.outer_at(piece * layout.span);
@@ -234,7 +234,7 @@ void pack_codes(const StoredMatrix& m, int64_t row0, int64_t rows, uint8_t* out)
 void pack_f8(const StoredMatrix& m, int64_t row0, int64_t rows, uint8_t* out) {
   const int64_t groups = ceil_div(m.cols, kGroup);
   pack_scales(m, row0, rows, out);
-  const int64_t size = scale_size(m.layout.scale_type);
+  const int64_t size = scale_bytes(m.layout.scale_type);
   for (int64_t r = 0; r < rows; ++r) {
     const auto* src = static_cast<const uint8_t*>(m.data) + (row0 + r) * m.cols;
     for (int64_t g = 0; g < groups; ++g) {

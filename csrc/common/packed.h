@@ -61,8 +61,7 @@ struct WeightLayout {
   bool inner_scales = false;
   bool offsets = false;  // outer ones
   bool inner_offsets = false;
-  bool inner_nibbles =
-      false;  // of codes2_g16: an inner scale and offset, both 0 to 15, share a byte
+  bool inner_nibbles = false;  // of codes2_g16: both inner ones, 0 to 15, share a byte
   int32_t bias = 0;
   int8_t levels[16] = {};
   int32_t largest = 128;  // that a weight is before it is scaled, its sign left out
@@ -131,7 +130,7 @@ struct WeightLayout {
   // Sets of outer scales for each `span` groups.
   KT_INLINE int64_t outer_sets() const { return inner_scales || span > 1 ? 1 : sets(); }
   // Bytes of one set of outer scales, or of offsets.
-  KT_INLINE int64_t set_bytes() const { return kBlockRows * ktcore::scale_size(scale_type); }
+  KT_INLINE int64_t set_bytes() const { return kBlockRows * scale_bytes(scale_type); }
   KT_INLINE int64_t outer_bytes() const {
     return scaled() ? outer_sets() * set_bytes() * (offsets ? 2 : 1) : 0;
   }

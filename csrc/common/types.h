@@ -49,7 +49,7 @@ static constexpr int kWeightFormats = 21;
 static constexpr int64_t kGroup = 32;  // weights and activations share one scale per group of this
 
 static constexpr int64_t dtype_size(DType t) { return t == DType::f32 ? 4 : 2; }
-static constexpr int64_t scale_size(ScaleType t) {
+static constexpr int64_t scale_bytes(ScaleType t) {
   return t == ScaleType::f32 ? 4 : t == ScaleType::e8m0 ? 1 : 2;
 }
 

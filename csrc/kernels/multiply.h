@@ -44,6 +44,7 @@ static constexpr int max_rows_alone() {
   return Format::kMaxRows;
 }
 
+// Whether the sums of all columns are left to be scaled, whatever the layout says.
 template <class Format>
 static constexpr bool kHasRowScales = [] {
   if constexpr (requires { Format::kRowScales; }) return Format::kRowScales;

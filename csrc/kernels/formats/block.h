@@ -19,7 +19,7 @@
 //   Codec, Fine       of activations; the format's struct for tokens whose activations Codec would change too much
 //   kMaxRows          rows of a tile
 //   kDirectTiles      up to so many tiles, or of so many rows (kDirectRows), dot is as fast as a panel
-//   kRowScales        (where true) the sums of all columns are left to be scaled, whatever the layout says
+//   kRowScales        true where every layout has scales of rows (a format without leaves it out)
 #pragma once
 
 namespace ktcore::KTCORE_ISA {
