@@ -85,22 +85,42 @@ _BOOKS = {
 
 @functools.lru_cache
 def _book(name: str) -> Tensor:
-    """A codebook as uint8 [entries, 8 or 4]."""
+    """A codebook: entries [N] of eight or four bytes each, their values."""
     steps = torch.frombuffer(
         bytearray(zlib.decompress(base64.b85decode(_BOOKS[name]))), dtype=torch.uint8
     )
     entries = (steps[0::2].to(torch.int64) | steps[1::2].to(torch.int64) << 8).cumsum(0)
     bits = 4 if name.startswith("iq3") else 2
     shifts = torch.arange(0, 16, bits)
-    return (entries[:, None] >> shifts & ((1 << bits) - 1)).to(torch.uint8)
+    values = (entries[:, None] >> shifts & ((1 << bits) - 1)).to(torch.uint8)
+    return values.view(torch.int32 if bits == 4 else torch.int64).flatten()
+
+
+@functools.lru_cache
+def _signs(of_seven: bool) -> Tensor:
+    """Sign bits that a byte, or seven bits, stand for, as eight bytes each."""
+    bits = (torch.arange(128 if of_seven else 256)[:, None] >> torch.arange(8)).to(torch.uint8) & 1
+    if of_seven:
+        bits[:, 7] = bits.sum(-1, dtype=torch.uint8) & 1
+    return bits.view(torch.int64).flatten()
+
+
+def _look_up(table: Tensor, index: Tensor) -> Tensor:
+    """The bytes [..., 8 or 4] of a table's elements: one copy each, as wide as they are."""
+    elements = table.to(index.device).index_select(0, index.flatten().to(torch.int32))
+    return elements.view(torch.uint8).view(*index.shape, table.itemsize)
 
 
 def grid(name: str, entries: Tensor) -> Tensor:
     """The values uint8 [..., 8 or 4] of entries [...] of a codebook."""
-    return _book(name).to(entries.device)[entries.to(torch.int64)]
+    return _look_up(_book(name), entries)
 
 
 def signs_of_seven(packed: Tensor) -> Tensor:
     """Eight sign bits uint8 [..., 8] out of seven [...]: the last makes their number even."""
-    bits = (packed[..., None] >> torch.arange(7, device=packed.device)).to(torch.uint8) & 1
-    return torch.cat([bits, bits.sum(-1, keepdim=True, dtype=torch.uint8) & 1], -1)
+    return _look_up(_signs(True), packed)
+
+
+def signs_of_eight(packed: Tensor) -> Tensor:
+    """The bits uint8 [..., 8] of bytes uint8 [...]."""
+    return _look_up(_signs(False), packed)

@@ -23,7 +23,7 @@ from ktcore.formats.gguf_blocks import (
     unfields,
     words,
 )
-from ktcore.formats.gguf_grids import grid, signs_of_seven
+from ktcore.formats.gguf_grids import grid, signs_of_eight, signs_of_seven
 from ktcore.formats.gguf_legacy import Q4_0
 from ktcore.formats.gguf_search import Levels, nested_symmetric
 
@@ -60,6 +60,11 @@ def _signs(packed: Tensor) -> Tensor:
     """
     at = torch.arange(0, 28, 7, device=packed.device)
     return signs_of_seven((packed[..., None] >> at) & 127).flatten(1)
+
+
+def _each(values: Tensor, times: int) -> Tensor:
+    """Each of values [..., N] so many times, [..., N * times]."""
+    return values[..., None].expand(*values.shape, times).flatten(-2)
 
 
 def _wider(low: Tensor, high: Tensor) -> Tensor:
@@ -114,7 +119,7 @@ class IQ2_S(_Codebook):
 
     def unpack_codes(self, blocks: Tensor) -> Tensor:
         entries = _wider(blocks[:, 2:34], fields(blocks[:, 66:74], 2, 1))
-        return self.signed(grid("iq2_s", entries), fields(blocks[:, 34:66], 1, 1))
+        return self.signed(grid("iq2_s", entries), signs_of_eight(blocks[:, 34:66]).flatten(1))
 
     def unpack_scales(self, blocks: Tensor) -> Scales:
         return Scales(self.unit * half(blocks, 0), 2 * fields(blocks[:, 74:], 4, 1) + 1)
@@ -146,8 +151,8 @@ class IQ3_S(_Codebook):
     magnitudes = (1, 3, 5, 7, 9, 11, 13, 15)
 
     def unpack_codes(self, blocks: Tensor) -> Tensor:
-        entries = _wider(blocks[:, 2:66], fields(blocks[:, 66:74], 1, 1))
-        return self.signed(grid("iq3_s", entries), fields(blocks[:, 74:106], 1, 1))
+        entries = _wider(blocks[:, 2:66], signs_of_eight(blocks[:, 66:74]).flatten(1))
+        return self.signed(grid("iq3_s", entries), signs_of_eight(blocks[:, 74:106]).flatten(1))
 
     def unpack_scales(self, blocks: Tensor) -> Scales:
         return Scales(half(blocks, 0), 2 * fields(blocks[:, 106:], 4, 1) + 1)
@@ -176,8 +181,7 @@ class IQ1_S(_Ternary):
         high = words(blocks[:, 34:], 2)
         at = torch.arange(0, 12, 3, device=blocks.device)
         entries = _wider(blocks[:, 2:34], ((high[..., None] >> at) & 7).flatten(1))
-        negative = (high >> 15).to(torch.uint8).repeat_interleave(32, -1)
-        return self.signed(grid("iq1_s", entries), negative)
+        return self.signed(grid("iq1_s", entries), _each((high >> 15).to(torch.uint8), 32))
 
     def unpack_scales(self, blocks: Tensor) -> Scales:
         return Scales(self.unit * half(blocks, 0), 2 * (words(blocks[:, 34:], 2) >> 12 & 7) + 1)
@@ -188,9 +192,10 @@ class IQ1_S(_Ternary):
         assert isinstance(stored.codes, Tensor) and stored.inner_scales is not None
         eighths = stored.inner_scales
         negative = stored.codes[..., :: self.group_size] >= 3
+        first = _each(negative.to(torch.uint8) * 3, self.group_size)
         return dataclasses.replace(
             stored,
-            codes=stored.codes % 3,
+            codes=stored.codes - first,
             levels=torch.tensor((-1, 0, 1), dtype=torch.int8, device=stored.levels.device),
             inner_scales=8 * eighths,
             inner_offsets=torch.where(negative, -eighths, eighths),
@@ -211,7 +216,7 @@ class IQ1_M(_Ternary):
     def unpack_codes(self, blocks: Tensor) -> Tensor:
         high = fields(blocks[:, 32:48], 4, 1)
         entries = _wider(blocks[:, :32], high & 7)
-        return self.signed(grid("iq1_s", entries), (high >> 3).repeat_interleave(8, -1))
+        return self.signed(grid("iq1_s", entries), _each(high >> 3, 8))
 
     def unpack_scales(self, blocks: Tensor) -> Scales:
         packed = words(blocks[:, 48:], 2)
