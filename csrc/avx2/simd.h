@@ -131,7 +131,7 @@ struct Simd {
   // 2^(b - 127) of bytes b, which for 0 is subnormal; 255 is infinite.
   static KT_INLINE F load_e8m0(const uint8_t* p) {
     const I exponents = _mm256_slli_epi32(load_u8(p), 23);
-    return _mm256_castsi256_ps(_mm256_max_epu32(exponents, set1_i32(0x00400000)));
+    return _mm256_castsi256_ps(_mm256_max_epi32(exponents, set1_i32(0x00400000)));
   }
   // Weights widened to pairs of 16 bits: bytes 0 and 2 of each lane, or 1 and 3.
   static KT_INLINE I even_bytes(I a) { return _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8); }

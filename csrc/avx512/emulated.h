@@ -96,6 +96,9 @@ static inline I512 cvtepu16_epi32(__m256i a) {
 static inline I512 cvtepi8_epi32(__m128i a) {
   return {_mm256_cvtepi8_epi32(a), _mm256_cvtepi8_epi32(_mm_srli_si128(a, 8))};
 }
+static inline I512 cvtepu8_epi32(__m128i a) {
+  return {_mm256_cvtepu8_epi32(a), _mm256_cvtepu8_epi32(_mm_srli_si128(a, 8))};
+}
 static inline F512 cvtph_ps(__m256i a) {
   return {_mm256_cvtph_ps(_mm256_castsi256_si128(a)),
           _mm256_cvtph_ps(_mm256_extracti128_si256(a, 1))};
@@ -263,6 +266,7 @@ static inline F512 dpbf16_ps(F512 acc, I512 a, I512 b) {
 #define _mm512_cvtepi32_epi8 ::ktcore::emulated::cvtepi32_epi8
 #define _mm512_cvtepi32_ps ::ktcore::emulated::cvtepi32_ps
 #define _mm512_cvtepi8_epi32 ::ktcore::emulated::cvtepi8_epi32
+#define _mm512_cvtepu8_epi32 ::ktcore::emulated::cvtepu8_epi32
 #define _mm512_cvtepu16_epi32 ::ktcore::emulated::cvtepu16_epi32
 #define _mm512_cvtph_ps ::ktcore::emulated::cvtph_ps
 #define _mm512_cvtps_epi32 ::ktcore::emulated::cvtps_epi32
