@@ -98,6 +98,7 @@ def test_any_bytes(format, rng):
     codes = format.codes({"data": data}, (3000, format.block_size))
     used = codes.codes.unique().tolist()
     assert used == list(range(len(codes.levels)))
+    assert format.unpack_codes(data).unique().tolist() == list(range(len(format.levels)))
 
 
 @pytest.mark.parametrize("bits", HALVES, ids=hex)
@@ -183,7 +184,8 @@ def test_codes(format, rng):
     parts = format.example(shape, rng)
     codes = format.codes(parts, shape)
     assert codes.codes.dtype == torch.uint8 and codes.codes.shape == shape
-    assert codes.levels.dtype == torch.int8
+    levels = [-1, 0, 1] if format.name == "iq1_s" else list(format.levels)  # its delta is an offset
+    assert codes.levels.dtype == torch.int8 and codes.levels.tolist() == levels
     assert codes.group_size == format.group_size and codes.columns is None
     outer, inner = ((2, 3, shape[-1] // size) for size in (codes.scale_size, codes.group_size))
     assert codes.scales.dtype == torch.float32 and codes.scales.shape == outer
