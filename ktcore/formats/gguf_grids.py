@@ -14,6 +14,8 @@ import zlib
 import torch
 from torch import Tensor
 
+from ktcore.formats.gguf_blocks import look_up
+
 _BOOKS = {
     "iq1_s": (
         "c-oCujc(&M3>IZ6c4}XLuysxoU(*5|+U*W|o!*)NJz$6K)~(nx?9InN(UP6)h9ZqEQ55-+{Kz=xU4?(%)h@UezZd"
@@ -105,22 +107,22 @@ def _signs(of_seven: bool) -> Tensor:
     return bits.view(torch.int64).flatten()
 
 
-def _look_up(table: Tensor, index: Tensor) -> Tensor:
+def _bytes_of(table: Tensor, index: Tensor) -> Tensor:
     """The bytes [..., 8 or 4] of a table's elements: one copy each, as wide as they are."""
-    elements = table.to(index.device).index_select(0, index.flatten().to(torch.int32))
-    return elements.view(torch.uint8).view(*index.shape, table.itemsize)
+    elements = look_up(table.to(index.device), index.to(torch.int32))
+    return elements[..., None].view(torch.uint8)
 
 
 def grid(name: str, entries: Tensor) -> Tensor:
     """The values uint8 [..., 8 or 4] of entries [...] of a codebook."""
-    return _look_up(_book(name), entries)
+    return _bytes_of(_book(name), entries)
 
 
 def signs_of_seven(packed: Tensor) -> Tensor:
     """Eight sign bits uint8 [..., 8] out of seven [...]: the last makes their number even."""
-    return _look_up(_signs(True), packed)
+    return _bytes_of(_signs(True), packed)
 
 
 def signs_of_eight(packed: Tensor) -> Tensor:
     """The bits uint8 [..., 8] of bytes uint8 [...]."""
-    return _look_up(_signs(False), packed)
+    return _bytes_of(_signs(False), packed)
