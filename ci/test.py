@@ -3,8 +3,8 @@
     python3 ci/test.py [-- options of pytest]
 
 Makes a private environment in .ktcore-env, installs ktcore there with what the tests need, then
-runs the linters and the tests, all but the slow ones. With options it runs pytest alone:
-`python3 ci/test.py -- -k moe`, or `-- -m slow` for the slow tests.
+runs the linters and the tests, all but the slow ones, several at a time. With options it runs
+pytest alone: `python3 ci/test.py -- -k moe`, or `-- -m slow` for the slow tests.
 """
 
 import os
@@ -14,6 +14,13 @@ import _check_python  # noqa: F401
 import _environment
 
 CPP = (".h", ".cpp", ".inl")
+MOST_WORKERS = 8  # each has torch in memory, half a gigabyte
+
+
+def workers():
+    """How many processes share out the tests: one for each CPU that this one may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # which Windows does not have
+    return min(len(affinity(0)) if affinity else os.cpu_count() or 1, MOST_WORKERS)
 
 
 def checks(python, options):
@@ -29,7 +36,7 @@ def checks(python, options):
         "ruff check": module + ["ruff", "check", "."],
         "ruff format": module + ["ruff", "format", "--check", "."],
         "clang-format": [clang_format, "--dry-run", "-Werror"] + sources,
-        "pytest": tests,
+        "pytest": tests + ["-n", str(workers()), "--dist", "worksteal"],
     }
 
 

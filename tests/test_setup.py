@@ -426,6 +426,7 @@ def test_demo_hands_on_a_failure(calls, monkeypatch):
 
 def test_test_runs_the_linters_and_pytest(calls, monkeypatch):
     module = script("test", monkeypatch)
+    monkeypatch.setattr(module, "workers", lambda: 3)
     assert module.main([]) == 0
     extra, check, style, clang, tests = calls
     assert extra == "test"
@@ -433,7 +434,20 @@ def test_test_runs_the_linters_and_pytest(calls, monkeypatch):
     assert style[2:5] == ["ruff", "format", "--check"]
     assert clang[0] == os.path.join("bin", "clang-format")
     assert any(name.endswith("isa.cpp") for name in clang)
-    assert tests[2:] == ["pytest", "-m", "not slow"]
+    assert tests[2:] == ["pytest", "-m", "not slow", "-n", "3", "--dist", "worksteal"]
+
+
+@pytest.mark.parametrize(("usable", "count", "workers"), [(2, 64, 2), (64, 64, 8), (None, 4, 4)])
+def test_tests_are_shared_out_over_the_cpus_of_this_process(monkeypatch, usable, count, workers):
+    module = script("test", monkeypatch)
+    monkeypatch.setattr(module.os, "cpu_count", lambda: count)
+    if usable is None:  # as on Windows
+        monkeypatch.delattr(module.os, "sched_getaffinity", raising=False)
+    else:
+        monkeypatch.setattr(
+            module.os, "sched_getaffinity", lambda pid: set(range(usable)), raising=False
+        )
+    assert module.workers() == workers
 
 
 def test_test_goes_on_after_a_failure_and_reports_it(calls, monkeypatch, capsys):
