@@ -15,7 +15,7 @@ struct Simd {
   static constexpr int kLanes = 8;
   // The largest tiles, and how many (vector, row) cells are summed in 16 registers at once, beside
   // the weights and a broadcast.
-  static constexpr int kIntRows = 4, kIntCells = 8;
+  static constexpr int kIntRows = 4, kIntRowsAlone = 4, kIntCells = 8;
   static constexpr int kFloatRows = 6, kFloatCells = 12;
   using F = __m256;
   using I = __m256i;

@@ -37,9 +37,10 @@ static constexpr E4m3Bytes kE4m3;
 
 struct Simd {
   static constexpr int kLanes = 16;
-  // The largest tiles, and how many (vector, row) cells are summed in 32 registers at once, beside
-  // the weights and a broadcast.
-  static constexpr int kIntRows = 6, kIntCells = 12;
+  // The largest tiles, and how many (vector, row) cells are summed at once, which for up to kIntRows rows are all in
+  // registers beside the weights and a broadcast. Seven and eight rows keep some in memory, and widen weights once
+  // where two tiles would widen them twice.
+  static constexpr int kIntRows = 6, kIntRowsAlone = 8, kIntCells = 16;
   static constexpr int kFloatRows = 12, kFloatCells = 24;
   using F = __m512;
   using I = __m512i;

@@ -3,8 +3,15 @@
 
 namespace ktcore::KTCORE_ISA {
 
+// The most rows of a tile that is an expert's only one.
+template <class Format>
+static constexpr int max_rows_alone() {
+  if constexpr (requires { Format::kMaxRowsAlone; }) return Format::kMaxRowsAlone;
+  return Format::kMaxRows;
+}
+
 // Calls dot<R> for a run-time R.
-template <class S, class Format, int R = Format::kMaxRows>
+template <class S, class Format, int R = max_rows_alone<Format>()>
 static KT_INLINE void dot_block(const WeightLayout& layout, int rows, const uint8_t* block,
                                 const Range& range, const uint8_t* tile, float* out,
                                 const Prefetch& prefetch, const Ahead<S>& ahead) {
@@ -35,13 +42,6 @@ static int tiles_of_portion(int64_t token_bytes) {
   if constexpr (requires { Format::kPortionBytes; }) bytes = Format::kPortionBytes;
   const int64_t rows = bytes / token_bytes, least = 128, most = kProductRows;
   return static_cast<int>((rows < least ? least : rows > most ? most : rows) / Format::kMaxRows);
-}
-
-// The most rows of a tile that is an expert's only one.
-template <class Format>
-static constexpr int max_rows_alone() {
-  if constexpr (requires { Format::kMaxRowsAlone; }) return Format::kMaxRowsAlone;
-  return Format::kMaxRows;
 }
 
 // Whether the sums of all columns are left to be scaled, whatever the layout says.

@@ -12,7 +12,7 @@ struct Bf16Words {
   using Panel = Int16Panel<S, 0>;
   using F = typename S::F;
   using I = typename S::I;
-  static constexpr int kMaxRows = S::kIntRows;
+  static constexpr int kMaxRows = S::kIntRows, kMaxRowsAlone = S::kIntRowsAlone;
   static constexpr int kDirectTiles = 2, kDirectRows = 0;
   static constexpr bool kOverwrites = false, kRowScales = true;
   static constexpr int kGroupPairs = static_cast<int>(kGroup) / 2;

@@ -18,6 +18,7 @@
 //
 //   Codec, Fine       of activations; the format's struct for tokens whose activations Codec would change too much
 //   kMaxRows          rows of a tile
+//   kMaxRowsAlone     of one that is an expert's only one, where that may be larger
 //   kDirectTiles      up to so many tiles, or of so many rows (kDirectRows), dot is as fast as a panel
 //   kRowScales        true where every layout has scales of rows (a format without leaves it out)
 #pragma once

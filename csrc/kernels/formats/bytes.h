@@ -345,7 +345,7 @@ struct ByteCoded {
   using Quad = typename Weights::Quad;
   using I = typename S::I;
   using F = typename S::F;
-  static constexpr int kMaxRows = S::kIntRows;
+  static constexpr int kMaxRows = S::kIntRows, kMaxRowsAlone = S::kIntRowsAlone;
   static constexpr int kDirectTiles = 2, kDirectRows = 0;
   static constexpr bool kOverwrites = true, kRowScales = kSets == 0;
 

@@ -126,7 +126,7 @@ struct Int8Channel {
   using Fine = Int8Channel;
   using Codec = Int16Codec<S>;
   using Panel = Int16Panel<S, 0>;
-  static constexpr int kMaxRows = S::kIntRows;
+  static constexpr int kMaxRows = S::kIntRows, kMaxRowsAlone = S::kIntRowsAlone;
   static constexpr int kDirectTiles = 2, kDirectRows = S::kByteRows;
   static constexpr bool kOverwrites = false, kRowScales = true;
   static constexpr int kUnits = static_cast<int>(kGroup) / 4;
@@ -204,7 +204,7 @@ struct Coded {
   using AllGroups = Groups<S, kSets, Code::kNibbles && kSets == 2>;
   using I = typename S::I;
   using F = typename S::F;
-  static constexpr int kMaxRows = S::kIntRows;
+  static constexpr int kMaxRows = S::kIntRows, kMaxRowsAlone = S::kIntRowsAlone;
   static constexpr int kDirectTiles = 2, kDirectRows = Code::kPairs ? 0 : S::kByteRows;
   static constexpr bool kOverwrites = false;
 

@@ -163,7 +163,7 @@ struct ShortCoded {
   using Code = typename Weights::Code;
   using I = typename S::I;
   using F = typename S::F;
-  static constexpr int kMaxRows = S::kIntRows;
+  static constexpr int kMaxRows = S::kIntRows, kMaxRowsAlone = S::kIntRowsAlone;
   static constexpr int kDirectTiles = 2, kDirectRows = 0;
   static constexpr bool kOverwrites = true;
   // So that every range of columns begins with a piece.
