@@ -117,7 +117,7 @@ def any_threads(call: Call, got: Tensor, backend: str) -> Outcome:
 
 
 SHAPES = ((33, 40), (48, 65), (100, 129), (160, 200), (256, 256))
-TOKENS = (0, 1, 2, 3, 17, 64, 513)
+TOKENS = (0, 1, 2, 3, 8, 17, 64, 513)
 
 
 def _cases() -> list[LinearCase]:
@@ -158,7 +158,7 @@ def _cases() -> list[LinearCase]:
     out += [
         LinearCase(f"{o}x{i} tokens={t}", (o, i), (t,), brief=(o, t) == (257, 17))
         for o, i in ((256, 512), (270, 528), (257, 545))
-        for t in (1, 2, 3, 5, 13, 17, 64, 513)
+        for t in (1, 2, 3, 5, 7, 8, 13, 17, 64, 513)
     ]
     out += [
         LinearCase(f"1568 columns tokens={t}", (256, 1568), (t,), brief=True) for t in (1, 5, 20)
