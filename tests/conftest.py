@@ -22,15 +22,6 @@ settings.register_profile("ci", max_examples=40, derandomize=True, **_COMMON)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
-# Those that compile for minutes: while one worker is busy with them, others take over the rest of
-# its share.
-LONGEST = ("test_emulated", "test_packaging")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.stem not in LONGEST)
-
-
 @pytest.fixture(autouse=True)
 def _restored():
     """Leave the thread count and the choice of backends as they were."""
